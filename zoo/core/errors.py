@@ -1,0 +1,19 @@
+"""Errors that say what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something the user can mend: the command line prints the message alone and exits with 2."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """The nearest known name as a sentence, or nothing.
+
+    Returns:
+        ``" Did you mean 'FixMatch'?"`` with its leading space, or ``""``.
+    """
+    known = {choice.lower(): choice for choice in choices}
+    match = get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f" Did you mean {known[match[0]]!r}?" if match else ""

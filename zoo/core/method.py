@@ -1,0 +1,243 @@
+"""The class that every method extends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.saving import _load_from_checkpoint
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from zoo.core.card import Card
+from zoo.core.errors import UserError
+from zoo.core.network import Network
+from zoo.core.parameters import parameter_groups
+from zoo.core.recording import Recorded, import_path, without_weights
+from zoo.core.sharding import shard
+from zoo.core.teachers import EMA
+
+
+class Method(Recorded, LightningModule):
+    """A training algorithm: recipes in, losses out.
+
+    A subclass says what its batches hold and writes :meth:`training_step`. The constructor takes recipes, callables that
+    build, rather than modules: nothing is built before :meth:`build`, which runs once, under the trainer's strategy, and a
+    method can build several networks from one recipe.
+
+    Args:
+        network: from the number of outputs to a :class:`~zoo.core.network.Network`.
+        num_classes: number of classes; the command line takes it from the data.
+        optimizer: from parameters to an optimizer.
+        scheduler: from an optimizer to a schedule that advances every optimizer step. One with ``total_steps=None`` is
+            told the run's length.
+        lr_multipliers: learning-rate multiples by the beginning of a parameter's name, such as
+            ``{"network.backbone": 0.1}``; the longest match counts.
+        decay_norms_and_biases: whether weight decay also acts on vectors (biases and the gains of norms).
+    """
+
+    card: ClassVar[Card]
+    network: Network
+
+    def __init__(
+        self,
+        network: Callable[[int], Network],
+        num_classes: int,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
+        scheduler: LRSchedulerCallable | None = None,
+        lr_multipliers: dict[str, float] | None = None,
+        decay_norms_and_biases: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"{type(self).__name__}: num_classes={num_classes} must be at least 1")
+        self.num_classes = num_classes
+        self.network_recipe = network
+        self.optimizer_recipe = optimizer
+        self.scheduler_recipe = scheduler
+        self.lr_multipliers = lr_multipliers or {}
+        self.decay_norms_and_biases = decay_norms_and_biases
+        self.built = False
+        self._metrics: dict[str, MetricCollection] = {}
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make the networks. A subclass calls ``super().build()`` and adds its own."""
+        self.network = self.network_recipe(self.num_classes)
+
+    def configure_model(self) -> None:
+        """Build once, and shard where the strategy has a device mesh. Lightning calls this in every stage."""
+        if self.built:
+            return
+        self.build()
+        self.built = True
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh)
+
+    @property
+    def teacher_pairs(self) -> Iterator[tuple[EMA, nn.Module]]:
+        """Each average with the student that it follows."""
+        if isinstance(teacher := getattr(self, "teacher", None), EMA):
+            yield teacher, self.network
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The network that is evaluated and that predicts: the average where the method keeps one."""
+        return next((teacher for teacher, _ in self.teacher_pairs), self.network)
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits (B, C) of the :attr:`predictor`. Inference, always."""
+        return self.predictor(x)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Completed fraction of training in [0, 1]; 0 outside a trainer and in a run without an end."""
+        if self._trainer is None or not (steps := self.trainer.estimated_stepping_batches) < float("inf"):
+            return 0.0
+        return min(self.trainer.global_step / steps, 1.0)
+
+    def report(self, **terms: Tensor) -> Tensor:
+        """The loss: the sum of its terms, each logged as ``train/<term>``."""
+        loss = torch.stack(list(terms.values())).sum()
+        self.observe(loss=loss, **terms)
+        return loss
+
+    def observe(self, **values: Tensor) -> None:
+        """Log scalars as ``train/<name>``, at the steps that the logger keeps and no others.
+
+        One ``self.log`` costs as much as a small step, so the gate comes first; nothing synchronises with the device.
+        """
+        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
+            self.log_dict({f"train/{k}": v.detach() for k, v in values.items()}, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over :meth:`parameter_groups`, with the schedule stepping every optimizer step."""
+        optimizer = self.optimizer_recipe(self.parameter_groups())  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.get("lr_multiplier", 1.0)
+        if self.scheduler_recipe is None:
+            return optimizer
+        scheduler: Any = self.scheduler_recipe(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trainable parameters in groups of equal learning-rate multiple and weight decay."""
+        return parameter_groups(self, self.lr_multipliers, self.decay_norms_and_biases)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def build_metrics(self) -> MetricCollection:
+        """What an evaluation measures, fed with (logits, labels). Override to measure something else."""
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro")
+        }
+        return MetricCollection(metrics)
+
+    def evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+        """Update ``metrics`` with one evaluation batch {image, label}. Override where batches hold something else."""
+        metrics.update(self(batch["image"]), batch["label"])
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure; the value is logged as ``<loader's name>/<metric>`` at the end of the epoch."""
+        self.evaluate(batch, list(self._metrics.values())[dataloader_idx])
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same as :meth:`validation_step`."""
+        self.evaluate(batch, list(self._metrics.values())[dataloader_idx])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Class probabilities (B, C) with the samples' indices (B,)."""
+        return {"index": batch["index"], "probabilities": self(batch["image"]).float().softmax(dim=1)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh metrics, one collection per loader."""
+        self._start_metrics(self.trainer.val_dataloaders, "val")
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh metrics, one collection per loader."""
+        self._start_metrics(self.trainer.test_dataloaders, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured."""
+        self._log_metrics()
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured."""
+        self._log_metrics()
+
+    def _start_metrics(self, loaders: Any, stage: str) -> None:
+        if isinstance(loaders, dict):
+            names = list(loaders)
+        else:
+            count = len(loaders) if isinstance(loaders, list | tuple) else 1
+            names = [stage] if count == 1 else [f"{stage}_{i}" for i in range(count)]
+        self._metrics = {name: self.build_metrics().to(self.device) for name in names}
+
+    def _log_metrics(self) -> None:
+        for name, metrics in self._metrics.items():
+            values = {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
+            self.log_dict(values, prog_bar=name in ("val", "test"), batch_size=1, add_dataloader_idx=False)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def recorded(self) -> None:
+        """Keep the constructor's arguments as plain hyperparameters, in the form of the command line's own."""
+        given = _given_hyperparameters.get()  # what the command line, or a reload through it, was told
+        path = {} if "<locals>" in type(self).__qualname__ else {"_class_path": import_path(type(self))}
+        own = {**path, **self.constructor, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        self._set_hparams({**(given or own), **path})
+        self._hparams_initial = {key: value for key, value in self._hparams.items() if not key.startswith("_")}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this module: ``{"class_path", "init_args"}``, without references to pretrained weights."""
+        arguments = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
+        return {"class_path": import_path(type(self)), "init_args": without_weights(arguments)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop references to pretrained weights: the state dict holds them, and reloading must not fetch them."""
+        key = self.CHECKPOINT_HYPER_PARAMS_KEY
+        checkpoint[key] = without_weights(dict(checkpoint.get(key, {})))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Rebuild the recorded class, which must be this one or a subclass of it, with the checkpoint's weights.
+
+        Args:
+            checkpoint_path: a checkpoint file.
+            map_location: where tensors go, as in :func:`torch.load`.
+            **kwargs: constructor arguments that replace recorded ones.
+
+        Raises:
+            TypeError: if the checkpoint is of another class.
+        """
+        # Through LightningModule, because Lightning drops the recorded class where `__init__` has no **kwargs.
+        loaded = _load_from_checkpoint(LightningModule, checkpoint_path, map_location, weights_only=True, **kwargs)
+        if not isinstance(loaded, cls):
+            raise TypeError(f"{checkpoint_path} holds a {type(loaded).__name__}, which is not a {cls.__name__}")
+        return loaded
+
+    def save_pretrained(self, directory: Any) -> None:
+        """Write weights (safetensors), configuration and model card: see :func:`zoo.hub.save_pretrained`."""
+        from zoo.hub import save_pretrained
+
+        save_pretrained(self, directory)
+
+    def setup(self, stage: str) -> None:
+        """Check that the data and this module agree on the classes before anything runs."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "num_classes", self.num_classes)
+        if classes != self.num_classes:
+            raise UserError(
+                f"{type(self).__name__} was built for {self.num_classes} classes, but {type(data).__name__} has {classes}"
+            )
