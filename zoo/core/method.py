@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -56,6 +58,11 @@ class Method(Recorded, LightningModule):
         super().__init__()
         if num_classes < 1:
             raise UserError(f"{type(self).__name__}: num_classes={num_classes} must be at least 1")
+        if isinstance(network, nn.Module):
+            raise UserError(
+                f"{type(self).__name__}: network must be a recipe, such as functools.partial(Network, backbone='lenet'), "
+                f"not a built {type(network).__name__}"
+            )
         self.num_classes = num_classes
         self.network_recipe = network
         self.optimizer_recipe = optimizer
@@ -106,7 +113,7 @@ class Method(Recorded, LightningModule):
 
     def report(self, **terms: Tensor) -> Tensor:
         """The loss: the sum of its terms, each logged as ``train/<term>``."""
-        loss = torch.stack(list(terms.values())).sum()
+        loss = functools.reduce(operator.add, terms.values())
         self.observe(loss=loss, **terms)
         return loss
 

@@ -1,0 +1,64 @@
+"""Keep the predictions that are confident enough."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from zoo.core.errors import UserError
+from zoo.policies.alignment import Alignment
+
+
+class Policy(nn.Module):
+    """Base of the policies: logits (B, C) → targets and weights (B,) in [0, 1], both without gradient.
+
+    Targets are class indices (B,) where labels are hard, probabilities (B, C) where they are soft: torch's
+    ``cross_entropy`` takes either.
+    """
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable class of every sample, at full weight."""
+        targets = logits.detach().argmax(dim=1)
+        return targets, targets.new_ones(targets.shape, dtype=logits.dtype)
+
+
+class Threshold(Policy):
+    r"""Targets from probabilities that reach a fixed threshold.
+
+    .. math:: w = \mathbb 1[\max_c \tilde p_c \ge \tau], \quad \tilde p = \mathrm{align}(\mathrm{softmax}(z / T))
+
+    Args:
+        num_classes: number of classes C; must not be below 2, where every prediction is certain.
+        threshold: :math:`\tau` in (0, 1].
+        temperature: :math:`T` > 0; below 1 sharpens.
+        soft: whether targets stay probabilities (B, C) instead of the most probable class (B,).
+        alignment: from the number of classes to an :class:`~zoo.policies.alignment.Alignment`.
+
+    Raises:
+        UserError: if an argument is out of its range.
+
+    Source: Sohn et al. 2020, arXiv 2001.07685, section 2.2; soft targets and temperature as in UDA, arXiv 1904.12848.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        threshold: float = 0.95,
+        temperature: float = 1.0,
+        soft: bool = False,
+        alignment: Callable[[int], Alignment] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UserError(f"Threshold: num_classes={num_classes} must be at least 2")
+        if not 0.0 < threshold <= 1.0:
+            raise UserError(f"Threshold: threshold={threshold} must lie in (0, 1]")
+        if temperature <= 0.0:
+            raise UserError(f"Threshold: temperature={temperature} must be positive")
+        self.threshold, self.temperature, self.soft = threshold, temperature, soft
+        self.alignment = alignment(num_classes) if alignment else Alignment()
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets (B,) or (B, C), and weights (B,) of 0 and 1."""
+        probabilities = self.alignment((logits.detach().float() / self.temperature).softmax(dim=1))
+        confidence, label = probabilities.max(dim=1)
+        return probabilities if self.soft else label, (confidence >= self.threshold).to(logits.dtype)
