@@ -5,32 +5,28 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.core.saving import _load_from_checkpoint
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.core.card import Card
 from zoo.core.errors import UserError
+from zoo.core.evaluation import Evaluated
 from zoo.core.network import Network
 from zoo.core.parameters import parameter_groups
-from zoo.core.recording import Recorded, import_path, without_weights
+from zoo.core.persistence import Persistent
 from zoo.core.sharding import shard
 from zoo.core.teachers import EMA
 
 
-class Method(Recorded, LightningModule):
+class Method(Persistent, Evaluated):
     """A training algorithm: recipes in, losses out.
 
-    A subclass says what its batches hold and writes :meth:`training_step`. The constructor takes recipes, callables that
-    build, rather than modules: nothing is built before :meth:`build`, which runs once, under the trainer's strategy, and a
-    method can build several networks from one recipe.
+    A subclass says what its batches hold and writes :meth:`training_step`. The constructor takes recipes, callables
+    that build, rather than modules: nothing is built before :meth:`build`, which runs once, under the trainer's
+    strategy, and a method can build several networks from one recipe.
 
     Args:
         network: from the number of outputs to a :class:`~zoo.core.network.Network`.
@@ -60,8 +56,8 @@ class Method(Recorded, LightningModule):
             raise UserError(f"{type(self).__name__}: num_classes={num_classes} must be at least 1")
         if isinstance(network, nn.Module):
             raise UserError(
-                f"{type(self).__name__}: network must be a recipe, such as functools.partial(Network, backbone='lenet'), "
-                f"not a built {type(network).__name__}"
+                f"{type(self).__name__}: network must be a recipe, such as functools.partial(Network, backbone='lenet'),"
+                f" not a built {type(network).__name__}"
             )
         self.num_classes = num_classes
         self.network_recipe = network
@@ -70,9 +66,6 @@ class Method(Recorded, LightningModule):
         self.lr_multipliers = lr_multipliers or {}
         self.decay_norms_and_biases = decay_norms_and_biases
         self.built = False
-        self._metrics: dict[str, MetricCollection] = {}
-
-    # --- building -----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Make the networks. A subclass calls ``super().build()`` and adds its own."""
@@ -101,8 +94,6 @@ class Method(Recorded, LightningModule):
     def forward(self, x: Any) -> Tensor:
         """Logits (B, C) of the :attr:`predictor`. Inference, always."""
         return self.predictor(x)
-
-    # --- training -----------------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
@@ -141,110 +132,12 @@ class Method(Recorded, LightningModule):
         """The trainable parameters in groups of equal learning-rate multiple and weight decay."""
         return parameter_groups(self, self.lr_multipliers, self.decay_norms_and_biases)
 
-    # --- evaluation ---------------------------------------------------------------------------------------------------
-
-    def build_metrics(self) -> MetricCollection:
-        """What an evaluation measures, fed with (logits, labels). Override to measure something else."""
-        metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(self.num_classes, average="micro")
-        }
-        return MetricCollection(metrics)
-
-    def evaluate(self, batch: Any, metrics: MetricCollection) -> None:
-        """Update ``metrics`` with one evaluation batch {image, label}. Override where batches hold something else."""
-        metrics.update(self(batch["image"]), batch["label"])
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure; the value is logged as ``<loader's name>/<metric>`` at the end of the epoch."""
-        self.evaluate(batch, list(self._metrics.values())[dataloader_idx])
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same as :meth:`validation_step`."""
-        self.evaluate(batch, list(self._metrics.values())[dataloader_idx])
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Class probabilities (B, C) with the samples' indices (B,)."""
-        return {"index": batch["index"], "probabilities": self(batch["image"]).float().softmax(dim=1)}
-
-    def on_validation_epoch_start(self) -> None:
-        """Fresh metrics, one collection per loader."""
-        self._start_metrics(self.trainer.val_dataloaders, "val")
-
-    def on_test_epoch_start(self) -> None:
-        """Fresh metrics, one collection per loader."""
-        self._start_metrics(self.trainer.test_dataloaders, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what was measured."""
-        self._log_metrics()
-
-    def on_test_epoch_end(self) -> None:
-        """Log what was measured."""
-        self._log_metrics()
-
-    def _start_metrics(self, loaders: Any, stage: str) -> None:
-        if isinstance(loaders, dict):
-            names = list(loaders)
-        else:
-            count = len(loaders) if isinstance(loaders, list | tuple) else 1
-            names = [stage] if count == 1 else [f"{stage}_{i}" for i in range(count)]
-        self._metrics = {name: self.build_metrics().to(self.device) for name in names}
-
-    def _log_metrics(self) -> None:
-        for name, metrics in self._metrics.items():
-            values = {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
-            self.log_dict(values, prog_bar=name in ("val", "test"), batch_size=1, add_dataloader_idx=False)
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def recorded(self) -> None:
-        """Keep the constructor's arguments as plain hyperparameters, in the form of the command line's own."""
-        given = _given_hyperparameters.get()  # what the command line, or a reload through it, was told
-        path = {} if "<locals>" in type(self).__qualname__ else {"_class_path": import_path(type(self))}
-        own = {**path, **self.constructor, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        self._set_hparams({**(given or own), **path})
-        self._hparams_initial = {key: value for key, value in self._hparams.items() if not key.startswith("_")}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What rebuilds this module: ``{"class_path", "init_args"}``, without references to pretrained weights."""
-        arguments = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
-        return {"class_path": import_path(type(self)), "init_args": without_weights(arguments)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop references to pretrained weights: the state dict holds them, and reloading must not fetch them."""
-        key = self.CHECKPOINT_HYPER_PARAMS_KEY
-        checkpoint[key] = without_weights(dict(checkpoint.get(key, {})))
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Rebuild the recorded class, which must be this one or a subclass of it, with the checkpoint's weights.
-
-        Args:
-            checkpoint_path: a checkpoint file.
-            map_location: where tensors go, as in :func:`torch.load`.
-            **kwargs: constructor arguments that replace recorded ones.
-
-        Raises:
-            TypeError: if the checkpoint is of another class.
-        """
-        # Through LightningModule, because Lightning drops the recorded class where `__init__` has no **kwargs.
-        loaded = _load_from_checkpoint(LightningModule, checkpoint_path, map_location, weights_only=True, **kwargs)
-        if not isinstance(loaded, cls):
-            raise TypeError(f"{checkpoint_path} holds a {type(loaded).__name__}, which is not a {cls.__name__}")
-        return loaded
-
-    def save_pretrained(self, directory: Any) -> None:
-        """Write weights (safetensors), configuration and model card: see :func:`zoo.hub.save_pretrained`."""
-        from zoo.hub import save_pretrained
-
-        save_pretrained(self, directory)
-
     def setup(self, stage: str) -> None:
         """Check that the data and this module agree on the classes before anything runs."""
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
             raise UserError(
-                f"{type(self).__name__} was built for {self.num_classes} classes, but {type(data).__name__} has {classes}"
+                f"{type(self).__name__} was built for {self.num_classes} classes,"
+                f" but {type(data).__name__} has {classes}"
             )

@@ -1,8 +1,8 @@
 """Constructor arguments as plain data, so that any module can be rebuilt from its checkpoint.
 
-A checkpoint must load with ``weights_only=True``: it may hold text, numbers and containers of them, never objects. What
-the command line builds is described by its configuration already; what Python builds is described here, in the same form
-``{"class_path": ..., "init_args": {...}}``.
+A checkpoint must load with ``weights_only=True``: it may hold text, numbers and containers of them, never objects.
+What the command line builds is described by its configuration already; what Python builds is described here, in the
+same form ``{"class_path": ..., "init_args": {...}}``.
 """
 
 import functools
@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 
-class Unrecordable(TypeError):
+class UnrecordableError(TypeError):
     """The value has no plain description, such as a lambda or a module instance."""
 
 
@@ -21,7 +21,7 @@ def import_path(thing: Any) -> str:
     """The shortest public import path of a class or function: ``zoo.FixMatch``, else ``module.name``."""
     name, module = thing.__qualname__, thing.__module__
     if "<locals>" in name or "<lambda>" in name:
-        raise Unrecordable(f"{module}.{name}")
+        raise UnrecordableError(f"{module}.{name}")
     package = module.partition(".")[0]
     public = getattr(sys.modules.get(package), "__all__", ())
     if name in public and getattr(sys.modules[package], name) is thing:
@@ -35,7 +35,7 @@ def describe(value: Any) -> Any:
     Plain values and containers stay; classes, functions and ``functools.partial`` of them become class paths.
 
     Raises:
-        Unrecordable: for anything else.
+        UnrecordableError: for anything else.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -49,7 +49,7 @@ def describe(value: Any) -> Any:
         return {"class_path": import_path(value)}
     if isinstance(value, FunctionType):
         return import_path(value)
-    raise Unrecordable(repr(value))
+    raise UnrecordableError(repr(value))
 
 
 def without_weights(config: Any) -> Any:
@@ -67,8 +67,8 @@ def without_weights(config: Any) -> Any:
 class Recorded:
     """Keeps what its subclasses were constructed with.
 
-    After construction ``constructor`` maps argument names to plain data and ``unrecorded`` names the arguments that have
-    no plain description; those must be given again when the module is rebuilt.
+    After construction ``constructor`` maps argument names to plain data and ``unrecorded`` names the arguments that
+    have no plain description; those must be given again when the module is rebuilt.
     """
 
     constructor: dict[str, Any]
@@ -107,6 +107,6 @@ def _describe_arguments(
     for name, value in values.items():
         try:
             described[name] = describe(value)
-        except Unrecordable:
+        except UnrecordableError:
             unrecorded.append(name)
     return described, tuple(unrecorded)

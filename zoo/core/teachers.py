@@ -18,7 +18,8 @@ class Frozen(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module.requires_grad_(False).eval()
+        self.module = module.requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode whatever is asked: batch statistics of a teacher must not move."""

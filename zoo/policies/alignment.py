@@ -21,8 +21,8 @@ class MovingAlignment(Alignment):
     .. math:: \tilde p = \mathrm{normalize}\!\left(p \cdot \frac{\pi}{\bar p}\right), \quad
         \bar p \leftarrow m\, \bar p + (1 - m)\, \mathbb{E}_B\, p
 
-    :math:`\bar p` starts at the prior, moves before it is used, takes the mean over all ranks, and moves only in training
-    mode. The prior :math:`\pi` is uniform unless given.
+    :math:`\bar p` starts at the prior, moves before it is used, takes the mean over all ranks, and moves only in
+    training mode. The prior :math:`\pi` is uniform unless given.
 
     Args:
         num_classes: number of classes C.

@@ -15,13 +15,15 @@ class SemiSupervised(Method):
 
     Args:
         momentum: momentum of the weights' average, which is what is evaluated.
-        forward_pass: ``"joint"`` sends labeled, weak and strong views through the network in one batch, as the papers do,
-            so that BatchNorm sees them together; ``"split"`` sends the weak views apart and without a graph, which is a
-            third cheaper and the same for networks without BatchNorm.
+        forward_pass: ``"joint"`` sends labeled, weak and strong views through the network in one batch, as the papers
+            do, so that BatchNorm sees them together; ``"split"`` sends the weak views apart and without a graph, which
+            is a third cheaper and the same for networks without BatchNorm.
         **kwargs: see :class:`~zoo.core.method.Method`.
     """
 
-    def __init__(self, momentum: float = 0.999, forward_pass: Literal["joint", "split"] = "joint", **kwargs: Any) -> None:
+    def __init__(
+        self, momentum: float = 0.999, forward_pass: Literal["joint", "split"] = "joint", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.momentum, self.forward_pass = momentum, forward_pass
 

@@ -20,9 +20,9 @@ class FixMatch(SemiSupervised):
     .. math:: L = \tfrac1B \sum_b H(y_b, p(x_b)) + \lambda \tfrac1{\mu B} \sum_b w(q_b)\, H(\hat q_b, p(A(u_b))),
         \quad q_b = p(\alpha(u_b))
 
-    :math:`\alpha` is the weak view, :math:`A` the strong one, :math:`w` and :math:`\hat q` come from the policy; no gradient
-    flows through :math:`q`. The mean runs over all :math:`\mu B` unlabeled samples, those of weight 0 included. The moving
-    average of the weights is evaluated and does not label.
+    :math:`\alpha` is the weak view, :math:`A` the strong one, :math:`w` and :math:`\hat q` come from the policy; no
+    gradient flows through :math:`q`. The mean runs over all :math:`\mu B` unlabeled samples, those of weight 0 included.
+    The moving average of the weights is evaluated and does not label.
 
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, strong, hidden_label (watched only)}.
 
@@ -61,5 +61,6 @@ class FixMatch(SemiSupervised):
         self.watch(unlabeled, targets, weights)
         return self.report(
             supervised=cross_entropy(logits, labeled["label"]),  # eq. 3
-            unlabeled=self.unlabeled_weight * (weights * cross_entropy(strong, targets, reduction="none")).mean(),  # eq. 4
+            unlabeled=self.unlabeled_weight
+            * (weights * cross_entropy(strong, targets, reduction="none")).mean(),  # eq. 4
         )

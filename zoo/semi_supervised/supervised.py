@@ -18,7 +18,7 @@ class Supervised(Method):
     Batch: ``labeled`` {image, label}.
 
     Args:
-        momentum: evaluate the moving average of the weights, of this momentum; ``None`` evaluates the weights themselves.
+        momentum: evaluate the moving average of the weights, of this momentum; ``None`` evaluates the weights.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
         **kwargs: see :class:`~zoo.core.method.Method`.
     """

@@ -1,0 +1,73 @@
+"""Checkpoints that rebuild their module: safely, through any of its classes, and without fetching weights again."""
+
+from argparse import ArgumentError
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.saving import _load_from_checkpoint
+
+from zoo.core.errors import UserError
+from zoo.core.recording import Recorded, import_path, without_weights
+
+
+class Persistent(Recorded, LightningModule):
+    """A module whose hyperparameters are the plain description of its constructor's arguments."""
+
+    def recorded(self) -> None:
+        """Keep the constructor's arguments as plain hyperparameters, in the form of the command line's own."""
+        given = _given_hyperparameters.get()  # what the command line, or a reload through it, was told
+        path = {} if "<locals>" in type(self).__qualname__ else {"_class_path": import_path(type(self))}
+        own = {**path, **self.constructor, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        self._set_hparams({**(given or own), **path})
+        self._hparams_initial = {key: value for key, value in self._hparams.items() if not key.startswith("_")}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this module: ``{"class_path", "init_args"}``, without references to pretrained weights."""
+        arguments = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
+        return {"class_path": import_path(type(self)), "init_args": without_weights(arguments)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop references to pretrained weights: the state dict holds them, and reloading must not fetch them."""
+        key = self.CHECKPOINT_HYPER_PARAMS_KEY
+        checkpoint[key] = without_weights(dict(checkpoint.get(key, {})))
+        checkpoint["unrecorded"] = list(self.unrecorded)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Rebuild the recorded class, which must be this one or a subclass of it, with the checkpoint's weights.
+
+        Args:
+            checkpoint_path: a checkpoint file.
+            map_location: where tensors go, as in :func:`torch.load`.
+            **kwargs: constructor arguments that replace recorded ones.
+
+        Raises:
+            TypeError: if the checkpoint is of another class.
+            UserError: if an argument had no plain description, such as a lambda, and is not given again.
+        """
+        # Through LightningModule, because Lightning drops the recorded class where `__init__` has no **kwargs.
+        try:
+            loaded = _load_from_checkpoint(LightningModule, checkpoint_path, map_location, weights_only=True, **kwargs)
+        except (ArgumentError, TypeError) as error:
+            if missing := _unrecorded(checkpoint_path) - set(kwargs):
+                names = ", ".join(sorted(missing))
+                raise UserError(
+                    f"{checkpoint_path}: give {names} again, as the checkpoint has no description"
+                ) from error
+            raise
+        if not isinstance(loaded, cls):
+            raise TypeError(f"{checkpoint_path} holds a {type(loaded).__name__}, which is not a {cls.__name__}")
+        return loaded
+
+    def save_pretrained(self, directory: Any) -> None:
+        """Write weights (safetensors), configuration and model card: see :func:`zoo.hub.save_pretrained`."""
+        from zoo.hub import save_pretrained
+
+        save_pretrained(self, directory)
+
+
+def _unrecorded(checkpoint_path: Any) -> set[str]:
+    return set(torch.load(checkpoint_path, map_location="meta", weights_only=True).get("unrecorded", ()))
