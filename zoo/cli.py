@@ -4,6 +4,7 @@
 """
 
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -172,7 +173,6 @@ class ZooCLI(LightningCLI):
         else:
             self.folder = run_folder.RUNS / f"{config.name}-untrained"
         run_folder.check_writable(self.folder)
-        config["ckpt_path"] = None  # what is saved describes the run, not how it was started
 
     def _derived_name(self, config: Namespace) -> str:
         files = [Path(str(file)) for file in config.get("config") or []]
@@ -204,6 +204,7 @@ class ZooCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         config["plugins"] = plugins
+        self.config[self.subcommand]["ckpt_path"] = None  # what is saved describes the run, not how it was started
         if self.subcommand != "fit" or self.folder is None:
             self.save_config_callback: type[SaveConfigCallback] | None = None
         return super()._instantiate_trainer(config, callbacks)
@@ -290,13 +291,13 @@ def complete(argv: Sequence[str]) -> list[str]:
     path = run_folder.existing_checkpoint(paths[-1])
     configs = _option(argv, "-c", "--config")
     beside = catalog.run_config(path)
-    model, data = (any(a.split("=")[0] == f"--{key}" for a in argv) for key in ("model", "data"))
-    if not configs and not model and not data and beside is not None:
+    if not configs and beside is not None and not any(a.split("=")[0] in ("--model", "--data") for a in argv):
         return [argv[0], "--config", str(beside), *argv[1:]]
-    if not model and not any("model" in (yaml.safe_load(Path(file).read_text()) or {}) for file in configs):
-        class_path = read_hyperparameters(path).get("_class_path")
-        if class_path:
-            return [argv[0], "--model", class_path, *argv[1:]]
+    if not any("model" in (yaml.safe_load(Path(file).read_text()) or {}) for file in configs):
+        recorded = read_hyperparameters(path)
+        if class_path := recorded.get("_class_path"):
+            values = {k: v for k, v in recorded.items() if not k.startswith("_") and k != "num_classes"}
+            return [argv[0], "--model", json.dumps({"class_path": class_path, "init_args": values}), *argv[1:]]
     return argv
 
 
