@@ -56,7 +56,7 @@ class Method(Persistent, Evaluated):
             raise UserError(f"{type(self).__name__}: num_classes={num_classes} must be at least 1")
         if isinstance(network, nn.Module):
             raise UserError(
-                f"{type(self).__name__}: network must be a recipe, such as functools.partial(Network, backbone='lenet'),"
+                f"{type(self).__name__}: network must be a recipe such as functools.partial(Network, backbone='lenet'),"
                 f" not a built {type(network).__name__}"
             )
         self.num_classes = num_classes
@@ -80,7 +80,6 @@ class Method(Persistent, Evaluated):
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
 
-    @property
     def teacher_pairs(self) -> Iterator[tuple[EMA, nn.Module]]:
         """Each average with the student that it follows."""
         if isinstance(teacher := getattr(self, "teacher", None), EMA):
@@ -89,7 +88,7 @@ class Method(Persistent, Evaluated):
     @property
     def predictor(self) -> nn.Module:
         """The network that is evaluated and that predicts: the average where the method keeps one."""
-        return next((teacher for teacher, _ in self.teacher_pairs), self.network)
+        return next((teacher for teacher, _ in self.teacher_pairs()), self.network)
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, C) of the :attr:`predictor`. Inference, always."""
