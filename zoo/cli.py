@@ -26,7 +26,7 @@ import zoo
 from datamodules.base import Data
 from zoo import catalog, run_folder
 from zoo.core.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
-from zoo.core.errors import UserError
+from zoo.core.errors import UserError, suggest
 from zoo.core.method import Method
 from zoo.parser import Parser, flatten
 
@@ -42,6 +42,7 @@ _NOISE = (
     r".*exists and is not empty",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r".*Tip: .*litlogger",
+    r".*callbacks used to create the checkpoint need to be provided",
     r".*It is recommended to use `self.log\(.*sync_dist=True\)`",
 )
 
@@ -129,7 +130,7 @@ class ZooCLI(LightningCLI):
         model = {"class_path": class_path, "init_args": recorded}
         self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
         after = flatten(self.config[subcommand].model)
-        verb = "resuming" if subcommand == "fit" else subcommand
+        verb = "resuming; a new run takes them from its own config" if subcommand == "fit" else subcommand
         for key, value in before.items():
             now = after.get(key)
             if value == now or (key.endswith("weights") and now is None) or key.endswith("num_classes"):
@@ -140,8 +141,7 @@ class ZooCLI(LightningCLI):
                 shown = "model"
             else:
                 shown = "model." + key.replace("init_args.", "")
-            _say(f"{shown}: typed {value}, checkpoint says {now} (the checkpoint wins for {verb}; weights alone "
-                 "are given to a new run as network.weights)")
+            _say(f"{shown}: typed {value}, checkpoint says {now} (the checkpoint wins for {verb})")
 
     def _typed_values(self, subcommand: str) -> Any:
         """What the command line and its configs say about the model, without defaults."""
@@ -279,12 +279,18 @@ def complete(argv: Sequence[str]) -> list[str]:
     argv = list(argv)
     for file in _option(argv, "-c", "--config"):
         if not Path(file).is_file():
-            from zoo.core.errors import suggest
-
             known = [str(path) for path in catalog.configs()]
             by_stem = next((path for path in known if Path(path).stem == Path(file).stem), None)
             hint = f" Did you mean {by_stem!r}?" if by_stem else suggest(file, known)
             raise UserError(f"--config: no file {file!r}.{hint}")
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            where = getattr(error, "problem_mark", None)
+            line = f", line {where.line + 1}" if where is not None else ""
+            raise UserError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: a config is a mapping with model, data and trainer")
     paths = _option(argv, "--ckpt_path")
     if not paths or paths[-1] in ("null", "None", ""):
         return argv
