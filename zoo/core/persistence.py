@@ -9,7 +9,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.saving import _load_from_checkpoint
 
 from zoo.core.errors import UserError
-from zoo.core.recording import Recorded, import_path, without_weights
+from zoo.core.recording import Recorded, describable, import_path, without_weights
 
 
 class Persistent(Recorded, LightningModule):
@@ -35,13 +35,23 @@ class Persistent(Recorded, LightningModule):
         checkpoint[key] = without_weights(dict(checkpoint.get(key, {})))
         checkpoint["unrecorded"] = list(self.unrecorded)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take from the checkpoint the description of what a reload built, so that it can be saved again."""
+        recorded = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        described = {name: recorded[name] for name in self.unrecorded if describable(recorded.get(name, ...))}
+        self._set_hparams(described)
+        self.unrecorded = tuple(name for name in self.unrecorded if name not in described)
+
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, strict: bool | None = None, **kwargs: Any
+    ) -> Self:
         """Rebuild the recorded class, which must be this one or a subclass of it, with the checkpoint's weights.
 
         Args:
             checkpoint_path: a checkpoint file.
             map_location: where tensors go, as in :func:`torch.load`.
+            strict: whether the checkpoint's tensors must be exactly the module's; yes unless the class says otherwise.
             **kwargs: constructor arguments that replace recorded ones.
 
         Raises:
@@ -49,8 +59,12 @@ class Persistent(Recorded, LightningModule):
             UserError: if an argument had no plain description, such as a lambda, and is not given again.
         """
         # Through LightningModule, because Lightning drops the recorded class where `__init__` has no **kwargs.
+        if not kwargs.pop("weights_only", True):
+            raise UserError("weights_only=False: a checkpoint never runs code here; these load with weights_only=True")
         try:
-            loaded = _load_from_checkpoint(LightningModule, checkpoint_path, map_location, weights_only=True, **kwargs)
+            loaded = _load_from_checkpoint(
+                LightningModule, checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
+            )
         except (ArgumentError, TypeError) as error:
             if missing := _unrecorded(checkpoint_path) - set(kwargs):
                 names = ", ".join(sorted(missing))

@@ -52,6 +52,15 @@ def describe(value: Any) -> Any:
     raise UnrecordableError(repr(value))
 
 
+def describable(value: Any) -> bool:
+    """Whether :func:`describe` can."""
+    try:
+        describe(value)
+    except UnrecordableError:
+        return False
+    return True
+
+
 def without_weights(config: Any) -> Any:
     """The same description with every ``weights`` argument emptied: reloading must never fetch weights again."""
     if isinstance(config, Mapping):
