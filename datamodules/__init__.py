@@ -1,0 +1,40 @@
+"""Data modules: what is labelled and how. Importing this names every regime, source and view, and reads no data."""
+
+from datamodules.base import Data, find_source
+from datamodules.semi_supervised import SemiSupervisedData
+from datamodules.sources import (
+    CIFAR10,
+    CIFAR100,
+    STL10,
+    SVHN,
+    ArraySource,
+    Blobs,
+    FashionMNIST,
+    FileList,
+    ImageFolder,
+    MissingData,
+    MNIST5k,
+    Optdigits,
+    Source,
+)
+from datamodules.supervised import SupervisedData
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "STL10",
+    "SVHN",
+    "ArraySource",
+    "Blobs",
+    "Data",
+    "FashionMNIST",
+    "FileList",
+    "ImageFolder",
+    "MNIST5k",
+    "MissingData",
+    "Optdigits",
+    "SemiSupervisedData",
+    "Source",
+    "SupervisedData",
+    "find_source",
+]

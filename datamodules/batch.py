@@ -1,0 +1,80 @@
+"""What a batch holds: a dict of roles, each a dict of tensors.
+
+A training batch maps roles (``labeled``, ``unlabeled``, ``source``, ``target``, ``weak``) to the dictionaries below.
+An evaluation batch is one flat :class:`Evaluation`. Every key but the ones named here is a mistake, and what stands
+under ``hidden_label`` is the truth about samples a method must not know: only metrics may read it.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class Labeled(TypedDict):
+    """Images with labels: role ``labeled``."""
+
+    image: Tensor  # (B, C, H, W) float, normalised; a weak view during training
+    label: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64: stable number of the sample within its source
+
+
+class Unlabeled(TypedDict):
+    """Two views of images whose labels are unknown: role ``unlabeled``."""
+
+    weak: Tensor  # (B, C, H, W)
+    strong: Tensor  # (B, C, H, W)
+    index: Tensor  # (B,)
+    hidden_label: Tensor  # (B,) only for evaluation
+
+
+class SourceDomain(TypedDict):
+    """Labelled images of the source domains: role ``source``."""
+
+    image: Tensor
+    label: Tensor
+    domain: Tensor  # (B,) int64: 0 .. number of source domains - 1
+    index: Tensor
+
+
+class TargetDomain(TypedDict):
+    """Unlabelled images of the target domain: role ``target``. ``image`` is the weak view."""
+
+    image: Tensor
+    weak: Tensor
+    strong: Tensor
+    domain: Tensor  # (B,) the number of source domains
+    index: Tensor
+    hidden_label: Tensor
+
+
+class WeaklyLabeled(TypedDict):
+    """Images labelled by a weaker model: role ``weak``."""
+
+    image: Tensor
+    label: Tensor  # (B,) the weak model's most probable class
+    probabilities: Tensor  # (B, classes) float32, rows sum to one
+    index: Tensor
+    hidden_label: Tensor
+
+
+class Batch(TypedDict, total=False):
+    """A training batch: the roles that the data module provides."""
+
+    labeled: Labeled
+    unlabeled: Unlabeled
+    source: SourceDomain
+    target: TargetDomain
+    weak: WeaklyLabeled
+
+
+class Evaluation(TypedDict):
+    """A validation, test or prediction batch. ``label`` is -1 where none is known."""
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    domain: NotRequired[Tensor]
+    mask: NotRequired[Tensor]  # (B, H, W) int64, 255 = not labelled
+    tags: NotRequired[Tensor]  # (B, classes) float, several hot

@@ -1,0 +1,127 @@
+"""Few labels and many unlabelled samples of the same distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from datamodules.base import Data, Role
+from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples
+from datamodules.splits import Split
+from datamodules.transforms import View
+from zoo.core.errors import UserError
+
+
+class SemiSupervisedData(Data):
+    r"""A few labelled samples; the others come without labels, as a weak and a strong view.
+
+    A step sees :math:`B` labelled and :math:`\mu B` unlabelled samples per process. What the source itself brings
+    without labels (STL-10, SVHN extra) joins the unlabelled samples.
+
+    Batch: ``labeled`` {image, label, index}, ``unlabeled`` {weak, strong, index, hidden_label}.
+
+    Args:
+        source: where samples come from.
+        labels_per_class: labelled samples of every class.
+        num_labels: labelled samples in total, spread over the classes as evenly as can be.
+        labeled_fraction: labelled share of every class.
+        batch_size: labelled samples per process and step, B.
+        unlabeled_ratio: μ, unlabelled samples per labelled one.
+        include_labeled: labelled samples are also among the unlabelled ones, without their labels.
+        steps: optimizer steps of an epoch.
+        eval_batch_size: samples per process and step in validation, test and prediction.
+        val_size: labelled samples held out for validation: a number, or a share of the training set.
+        weak: the weak view; by default a shift, with a mirror where the source allows.
+        strong: the strong view; by default RandAugment and cutout, restricted for digits.
+        num_workers: processes that read ahead; 0 is fastest for sources in memory.
+        seed: of splits, orders and views.
+        split: a split.json of an earlier run, to use the same samples.
+        allow_repeats: accept a labelled or unlabelled set smaller than its batch.
+        views_in_workers: make views in the workers; by default for streaming sources when there are workers.
+        predict_folder: predict on all images below this folder instead of the test set.
+        pin_memory: page-locked batches, with workers and a GPU.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels_per_class: int | None = None,
+        num_labels: int | None = None,
+        labeled_fraction: float | None = None,
+        batch_size: int = 16,
+        unlabeled_ratio: int = 7,
+        include_labeled: bool = True,
+        steps: int = 100,
+        eval_batch_size: int = 256,
+        val_size: int | float = 0.1,
+        weak: View | None = None,
+        strong: View | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        split: str | None = None,
+        allow_repeats: bool = False,
+        views_in_workers: bool | None = None,
+        predict_folder: str | None = None,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__(
+            source,
+            batch_size,
+            steps,
+            eval_batch_size,
+            val_size,
+            weak,
+            num_workers,
+            seed,
+            split,
+            allow_repeats,
+            views_in_workers,
+            predict_folder,
+            pin_memory,
+        )
+        if unlabeled_ratio < 1:
+            raise UserError(f"SemiSupervisedData: unlabeled_ratio={unlabeled_ratio} must be at least 1")
+        self.labels_per_class = labels_per_class
+        self.num_labels = num_labels
+        self.labeled_fraction = labeled_fraction
+        self.unlabeled_ratio = unlabeled_ratio
+        self.include_labeled = include_labeled
+        self.strong = strong
+
+    def make_split(self, labels: Tensor) -> Split:
+        """Validation first, labels from the rest; everything but validation is unlabelled."""
+        rest, val = self.hold_out(labels)
+        labeled = self.choose_labeled(labels, rest, self.labels_per_class, self.num_labels, self.labeled_fraction)
+        unlabeled = rest if self.include_labeled else rest[~torch.isin(rest, labeled)]
+        parts = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
+        return Split(parts, len(labels), self.seed, self.source.name)
+
+    def make_roles(self) -> dict[str, Role]:
+        """Two roles: ``labeled`` and ``unlabeled``."""
+        train = self._train(self.source)
+        weak, strong = self.default_weak(self.source), self.default_strong(self.strong, self.source)
+        unlabeled: Samples = train.subset(self.parts["unlabeled"])
+        extra = self.source.unlabeled()
+        if extra is not None and len(extra):
+            unlabeled = join(unlabeled, extra, offset=len(train))
+        return {
+            "labeled": Role(train.subset(self.parts["labeled"]), self.batch_size, {"image": weak}),
+            "unlabeled": Role(
+                unlabeled, self.batch_size * self.unlabeled_ratio, {"weak": weak, "strong": strong}, hidden=True
+            ),
+        }
+
+
+def join(first: Samples, second: Samples, offset: int) -> Samples:
+    """Two sets as one; the second's stable numbers start at ``offset``.
+
+    Raises:
+        TypeError: when one is in memory and the other is not.
+    """
+    labels, ids = torch.cat([first.labels, second.labels]), torch.cat([first.ids, second.ids + offset])
+    columns = {key: torch.cat([first.columns[key], second.columns[key]]) for key in first.columns}
+    if isinstance(first, TensorSamples) and isinstance(second, TensorSamples):
+        return TensorSamples(torch.cat([first.images, second.images]), labels, ids, columns)
+    if isinstance(first, FileSamples) and isinstance(second, FileSamples):
+        return FileSamples(first.paths + second.paths, labels, first.size, first.channels, ids, columns)
+    raise TypeError(f"cannot join {type(first).__name__} and {type(second).__name__}")

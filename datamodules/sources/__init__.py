@@ -1,0 +1,27 @@
+"""Where samples come from. Importing this names every source and reads nothing."""
+
+from datamodules.sources.arrays import ArraySource
+from datamodules.sources.base import FileSamples, MissingData, Samples, Source, TensorSamples
+from datamodules.sources.blobs import Blobs
+from datamodules.sources.digits import MNIST5k, Optdigits
+from datamodules.sources.folders import FileList, ImageFolder
+from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "STL10",
+    "SVHN",
+    "ArraySource",
+    "Blobs",
+    "FashionMNIST",
+    "FileList",
+    "FileSamples",
+    "ImageFolder",
+    "MNIST5k",
+    "MissingData",
+    "Optdigits",
+    "Samples",
+    "Source",
+    "TensorSamples",
+]

@@ -1,0 +1,275 @@
+"""Sets of samples and the sources that hold them."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.splits import generator
+from zoo.core.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+
+
+class MissingData(UserError, FileNotFoundError):
+    """Data that is neither on this machine nor could be brought to it."""
+
+
+class Samples(Dataset, ABC):
+    """A set of images indexed by whole lists.
+
+    ``samples[[3, 5]]`` is ``{"image": uint8 (2, C, H, W), "label": int64 (2,), "index": int64 (2,)}`` and one entry
+    per column. ``index`` is the sample's number in the source, which survives :meth:`subset`.
+
+    Args:
+        labels: (N,) int64, -1 where no label is known.
+        ids: (N,) stable numbers; 0..N-1 if not given.
+        columns: further tensors of length N (``domain``, ``probabilities`` ...).
+    """
+
+    in_memory: bool = True
+
+    def __init__(self, labels: Tensor, ids: Tensor | None = None, columns: dict[str, Tensor] | None = None) -> None:
+        self.labels = labels.long()
+        self.ids = torch.arange(len(labels)) if ids is None else ids
+        self.columns = dict(columns or {})
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        where = torch.as_tensor(indices, dtype=torch.int64)
+        return {
+            "image": self.images_at(where),
+            "label": self.labels[where],
+            "index": self.ids[where],
+            **{name: column[where] for name, column in self.columns.items()},
+        }
+
+    @abstractmethod
+    def images_at(self, where: Tensor) -> Tensor:
+        """The images at these positions, uint8 (B, C, H, W)."""
+
+    @abstractmethod
+    def _select(self, where: Tensor) -> dict[str, Any]:
+        """The constructor's arguments for a subset, without labels, ids and columns."""
+
+    def subset(self, indices: Tensor) -> Self:
+        """The samples at these positions, with their stable numbers."""
+        columns = {name: column[indices] for name, column in self.columns.items()}
+        chosen = self._select(indices)
+        return type(self)(**chosen, labels=self.labels[indices], ids=self.ids[indices], columns=columns)
+
+    def with_columns(self, **columns: Tensor) -> Self:
+        """The same samples with further columns, each of length N."""
+        for name, column in columns.items():
+            if len(column) != len(self):
+                raise UserError(f"column {name!r} has {len(column)} rows for {len(self)} samples")
+        chosen = self._select(torch.arange(len(self)))
+        return type(self)(**chosen, labels=self.labels, ids=self.ids, columns={**self.columns, **columns})
+
+
+class TensorSamples(Samples):
+    """Images in memory.
+
+    Args:
+        images: (N, C, H, W) or (N, H, W) uint8.
+        labels: (N,).
+        ids: stable numbers.
+        columns: further tensors of length N.
+
+    Raises:
+        TypeError: when the images are not uint8.
+        ValueError: when shapes do not fit.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, ids: Tensor | None = None, columns: dict[str, Tensor] | None = None
+    ) -> None:
+        if images.dtype != torch.uint8:
+            raise TypeError(f"TensorSamples: images are {images.dtype}, they must be uint8 (0..255)")
+        if images.ndim == 3:
+            images = images.unsqueeze(1)
+        if images.ndim != 4 or len(images) != len(labels):
+            raise UserError(f"TensorSamples: images {tuple(images.shape)} do not go with {len(labels)} labels")
+        super().__init__(labels, ids, columns)
+        self.images = images
+
+    def images_at(self, where: Tensor) -> Tensor:
+        return self.images[where]
+
+    def _select(self, where: Tensor) -> dict[str, Any]:
+        # the pixels of the whole set are not copied for "all of them"
+        everything = len(where) == len(self.images) and bool((where == torch.arange(len(where))).all())
+        return {"images": self.images if everything else self.images[where]}
+
+
+class FileSamples(Samples):
+    """Images read from files when asked for, brought to one size.
+
+    The shorter side is resized to ``size`` and the middle square is cut out. Grey, palette and transparent images are
+    converted (transparent pixels become white).
+
+    Args:
+        paths: N image files.
+        labels: (N,).
+        size: height and width of what is handed over.
+        channels: 3 (colour) or 1 (grey).
+        ids: stable numbers.
+        columns: further tensors of length N.
+
+    Raises:
+        ValueError: on reading, when a file is no readable image; the message names the file.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        size: int,
+        channels: int = 3,
+        ids: Tensor | None = None,
+        columns: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(labels, ids, columns)
+        self.paths = list(paths)
+        self.size = size
+        self.channels = channels
+
+    def images_at(self, where: Tensor) -> Tensor:
+        if not len(where):
+            return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
+        return torch.stack([read_image(self.paths[i], self.size, self.channels) for i in where.tolist()])
+
+    def _select(self, where: Tensor) -> dict[str, Any]:
+        return {"paths": [self.paths[i] for i in where.tolist()], "size": self.size, "channels": self.channels}
+
+
+def read_image(path: str | Path, size: int, channels: int = 3) -> Tensor:
+    """One image file as uint8 (channels, size, size): middle square, shorter side resized to ``size``.
+
+    Raises:
+        ValueError: when the file is missing or no readable image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            opened.draft("RGB", (size, size))  # JPEG decodes straight to a smaller size where that loses nothing
+            image = _flatten(opened, channels)
+    except Exception as error:  # PIL raises a dozen kinds, also SyntaxError and DecompressionBombError
+        raise UserError(f"cannot read the image {str(path)!r}: {error}") from error
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _flatten(image: Any, channels: int) -> Any:
+    """Any PIL mode as RGB or L, transparency over white."""
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: PIL would clip, not scale
+        low, high = image.convert("F").getextrema()
+        scale = 255 / high if high > 255 else 1.0
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L") if low >= 0 else image
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+class Source(ABC):
+    """Where samples come from. The constructor reads nothing; :meth:`prepare` checks or fetches, once per machine.
+
+    Attributes:
+        classes: names in the order of the class numbers.
+        channels: 1 or 3.
+        size: height and width of the images.
+        mean: per channel, of pixels in 0..1.
+        std: per channel.
+        flip: whether a mirrored image still shows its class (not so for digits).
+        streams: whether samples are read from files one by one.
+    """
+
+    classes: tuple[str, ...] = ()
+    channels: int = 3
+    size: int = 32
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    flip: bool = True
+    streams: bool = False
+
+    @property
+    def name(self) -> str:
+        """The source's name in messages and files."""
+        return type(self).__name__
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def prepare(self) -> None:  # noqa: B027 (most need nothing)
+        """Check that the data is there, or fetch it.
+
+        Raises:
+            MissingData: naming the folder looked in and what would bring the data.
+        """
+
+    @abstractmethod
+    def train(self) -> Samples:
+        """The training samples, with labels."""
+
+    @abstractmethod
+    def test(self) -> Samples:
+        """The test samples, with labels."""
+
+    def unlabeled(self) -> Samples | None:
+        """Samples without labels that the source brings beside its training set, if any."""
+        return None
+
+
+def holdout(labels: Tensor, per_class: int | Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A fixed split for sets that come without one: (rest, held out), both sorted and stratified."""
+    from datamodules.splits import stratified
+
+    wanted = torch.full((num_classes,), per_class) if isinstance(per_class, int) else per_class
+    held = stratified(labels, wanted, generator(seed))
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[held] = False
+    return rest.nonzero().flatten(), held
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files under a folder, sorted; hidden ones are passed over."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def broken_images(paths: Iterable[str | Path]) -> list[str]:
+    """Those of the files that PIL cannot read, each with a warning that names it."""
+    from PIL import Image
+
+    broken = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:
+            broken.append(str(path))
+            warnings.warn(f"passing over the unreadable image {str(path)!r}: {error}", stacklevel=2)
+    return broken

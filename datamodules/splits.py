@@ -1,0 +1,194 @@
+"""Which samples are labelled: seeded, stratified, and written down beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datamodules.samplers import mix
+from zoo.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Parts of a training set, as sorted index tensors.
+
+    Args:
+        parts: name (``labeled``, ``unlabeled``, ``val`` ...) to indices into the source's training set, (n,) int64.
+        size: number of samples of that training set.
+        seed: the seed that drew the split.
+        source: the source's name.
+    """
+
+    parts: dict[str, Tensor]
+    size: int
+    seed: int = 0
+    source: str = ""
+    note: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, part: str) -> Tensor:
+        try:
+            return self.parts[part]
+        except KeyError:
+            raise KeyError(f"the split has no part {part!r}; it has {', '.join(self.parts)}") from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the split as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "source": self.source,
+            "size": self.size,
+            "seed": self.seed,
+            "note": self.note,
+            "parts": {name: indices.tolist() for name, indices in self.parts.items()},
+        }
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Split:
+        """Read a split that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is no split, or names samples outside the set.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"split={str(path)!r}: there is no such file (a run writes split.json in its folder)"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            parts = {name: torch.tensor(indices, dtype=torch.int64) for name, indices in content["parts"].items()}
+            size = int(content["size"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"split={str(path)!r}: not a split file ({type(error).__name__}: {error})") from error
+        for name, indices in parts.items():
+            if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+                raise UserError(f"split={str(path)!r}: part {name!r} names samples outside 0..{size - 1}")
+        return cls(parts, size, int(content.get("seed", 0)), str(content.get("source", "")), content.get("note", {}))
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """An own random stream for a purpose, whatever the global seed is."""
+    return torch.Generator().manual_seed(mix(*numbers))
+
+
+def counts(labels: Tensor, num_classes: int, owner: str = "split") -> Tensor:
+    """Samples per class, (num_classes,); samples with label -1 are not counted.
+
+    Raises:
+        ValueError: when a label is not -1 and outside 0..num_classes-1.
+    """
+    wrong = (labels < -1) | (labels >= num_classes)
+    if bool(wrong.any()):
+        ids = sorted(set(labels[wrong].tolist()))
+        shown = ", ".join(map(str, ids[:5]))
+        raise UserError(
+            f"{owner}: unknown class ids {shown}; with num_classes={num_classes} they are 0..{num_classes - 1}"
+        )
+    return torch.bincount(labels[labels >= 0], minlength=num_classes)
+
+
+def stratified(labels: Tensor, per_class: Tensor, stream: torch.Generator) -> Tensor:
+    """Draw ``per_class[c]`` samples of every class c without replacement; sorted indices into ``labels``.
+
+    Raises:
+        ValueError: when a class has fewer samples than asked for.
+    """
+    order = torch.randperm(len(labels), generator=stream)
+    shuffled = labels[order]
+    chosen = []
+    for label, wanted in enumerate(per_class.tolist()):
+        members = order[shuffled == label]
+        if len(members) < wanted:
+            raise UserError(f"class {label} has only {len(members)} samples, {wanted} are asked for")
+        chosen.append(members[:wanted])
+    return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)
+
+
+def spread(total: int, num_classes: int, stream: torch.Generator) -> Tensor:
+    """``total`` labels over the classes as evenly as can be; the remainder goes to classes drawn at random."""
+    per_class = torch.full((num_classes,), total // num_classes, dtype=torch.int64)
+    per_class[torch.randperm(num_classes, generator=stream)[: total % num_classes]] += 1
+    return per_class
+
+
+def proportional(available: Tensor, total: int) -> Tensor:
+    """``total`` samples in proportion to the class sizes (largest remainders), at most what each class has."""
+    if int(available.sum()) == 0:
+        return torch.zeros_like(available)
+    exact = available.double() * (total / int(available.sum()))
+    quota = exact.floor().long()
+    rest = total - int(quota.sum())
+    # ties are broken by class number: stable, so the same on every machine
+    order = sorted(range(len(quota)), key=lambda label: (-float(exact[label] - quota[label]), label))
+    for label in order[:rest]:
+        quota[label] += 1
+    return torch.minimum(quota, available)
+
+
+def labeled_per_class(
+    available: Tensor,
+    num_classes: int,
+    seed: int,
+    labels_per_class: int | None = None,
+    num_labels: int | None = None,
+    labeled_fraction: float | None = None,
+    owner: str = "data",
+    classes: Sequence[str] = (),
+) -> Tensor | None:
+    """How many samples of every class are labelled, (num_classes,), or None for all of them.
+
+    Args:
+        available: samples per class that can be drawn from.
+        num_classes: number of classes C.
+        seed: decides which classes get the remainder of ``num_labels / C``.
+        labels_per_class: the same number for every class.
+        num_labels: total number, spread as evenly as can be.
+        labeled_fraction: share of every class, in (0, 1], at least one sample each.
+        owner: whose arguments these are, for the messages.
+        classes: names, for the messages.
+
+    Raises:
+        ValueError: when more than one is given, a number is out of range, or a class has too few samples.
+    """
+    given = {
+        name: value
+        for name, value in (
+            ("labels_per_class", labels_per_class),
+            ("num_labels", num_labels),
+            ("labeled_fraction", labeled_fraction),
+        )
+        if value is not None
+    }
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UserError(f"{owner}: give one of {' and '.join(f'{k}={v}' for k, v in given.items())}, not both")
+    ((name, value),) = given.items()
+    if labels_per_class is not None:
+        if labels_per_class < 1:
+            raise UserError(f"{owner}: labels_per_class={labels_per_class} must be at least 1")
+        wanted = torch.full((num_classes,), labels_per_class, dtype=torch.int64)
+    elif num_labels is not None:
+        if num_labels < 1:
+            raise UserError(f"{owner}: num_labels={num_labels} must be at least 1")
+        wanted = spread(num_labels, num_classes, generator(seed, 3))
+    else:
+        if labeled_fraction is None or not 0 < labeled_fraction <= 1:
+            raise UserError(f"{owner}: labeled_fraction={labeled_fraction} must be in (0, 1]")
+        wanted = (available.double() * labeled_fraction).round().long().clamp_min(1)
+    short = (available < wanted).nonzero().flatten().tolist()
+    if short:
+        label = short[0]
+        named = f"class {label}" + (f" ({classes[label]})" if label < len(classes) else "")
+        raise UserError(f"{owner}: {name}={value}, but {named} has only {int(available[label])} samples")
+    return wanted
