@@ -1,6 +1,7 @@
 """Data modules: what is labelled and how. Importing this names every regime, source and view, and reads no data."""
 
 from datamodules.base import Data, find_source
+from datamodules.domains import DomainData
 from datamodules.semi_supervised import SemiSupervisedData
 from datamodules.sources import (
     CIFAR10,
@@ -18,6 +19,7 @@ from datamodules.sources import (
     Source,
 )
 from datamodules.supervised import SupervisedData
+from datamodules.weak_labels import WeakLabelData
 
 __all__ = [
     "CIFAR10",
@@ -27,6 +29,7 @@ __all__ = [
     "ArraySource",
     "Blobs",
     "Data",
+    "DomainData",
     "FashionMNIST",
     "FileList",
     "ImageFolder",
@@ -36,5 +39,6 @@ __all__ = [
     "SemiSupervisedData",
     "Source",
     "SupervisedData",
+    "WeakLabelData",
     "find_source",
 ]

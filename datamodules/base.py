@@ -377,9 +377,13 @@ class Data(LightningDataModule):
             raise MissingData(f"{self._owner}: predict_folder={name!r} ({folder.resolve()}) holds no images")
         return FileSamples(paths, torch.full((len(paths),), -1), self.size, self.channels)
 
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel of what is handed over."""
+        return self.source.mean, self.source.std
+
     def _as_floats(self, images: Tensor) -> Tensor:
         if self._normalize is None:
-            self._normalize = Normalize(self.source.mean, self.source.std)
+            self._normalize = Normalize(*self._statistics())
         if next(iter(self._normalize.buffers()), images).device != images.device:
             self._normalize.to(images.device)
         return self._normalize(images)
