@@ -45,7 +45,7 @@ def _expand(table: Tensor, images: Tensor) -> Tensor:
     return table.expand(images.shape[0], images.shape[1], 256)
 
 
-# Tables: (images, values) -> (B, C, 256) uint8 ------------------------------------------------------------------------
+# Tables: (images, values) -> (B, C, 256) uint8 ----------------------------------------------------------------------
 
 
 def brightness_table(images: Tensor, factor: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def contrast_table(images: Tensor, factor: Tensor) -> Tensor:
     return _expand((_levels(images) * factor + mean * (1.0 - factor)).clamp_(0, 255).to(torch.uint8), images)
 
 
-def autocontrast_table(images: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
+def autocontrast_table(images: Tensor, values: Tensor) -> Tensor:
     """Stretch each channel's range to [0, 255]; a channel of one level stays as it is."""
     low = images.amin(dim=(2, 3)).float().unsqueeze(-1)
     high = images.amax(dim=(2, 3)).float().unsqueeze(-1)
@@ -69,7 +69,7 @@ def autocontrast_table(images: Tensor, values: Tensor) -> Tensor:  # noqa: ARG00
     return ((_levels(images) - torch.where(flat, 0.0, low)) / scale).clamp_(0, 255).to(torch.uint8)
 
 
-def equalize_table(images: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
+def equalize_table(images: Tensor, values: Tensor) -> Tensor:
     """Equalise each channel's histogram with Pillow's integer scheme; a channel of one level stays as it is."""
     batch, channels = images.shape[:2]
     runs = images.reshape(batch * channels, -1).long()
@@ -86,7 +86,7 @@ def equalize_table(images: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
     return torch.where(step == 0, levels, table.clamp_(0, 255)).to(torch.uint8).view(batch, channels, 256)
 
 
-def invert_table(images: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
+def invert_table(images: Tensor, values: Tensor) -> Tensor:
     """``255 - x``."""
     return _expand((255 - _levels(images)).to(torch.uint8), images)
 
@@ -112,7 +112,7 @@ def apply_table(images: Tensor, table: Tensor) -> Tensor:
     return table.reshape(-1).index_select(0, index.view(-1)).view(images.shape)
 
 
-# Inverse maps: (images, values) -> (B, 2, 3) float32, output pixel centre -> input pixel centre, in pixels --------------
+# Inverse maps: (images, values) -> (B, 2, 3) float32, output pixel centre -> input pixel centre, in pixels ----------
 
 
 def _matrix(values: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
@@ -143,12 +143,12 @@ def rotate_matrix(images: Tensor, degrees: Tensor) -> Tensor:
     )
 
 
-def shear_x_matrix(images: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG001
+def shear_x_matrix(images: Tensor, slope: Tensor) -> Tensor:
     """Slide each row by ``-slope`` pixels a row, the top left corner fixed: input x = x + slope · y."""
     return _matrix(slope, {(0, 1): slope})
 
 
-def shear_y_matrix(images: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG001
+def shear_y_matrix(images: Tensor, slope: Tensor) -> Tensor:
     """Slide each column by ``-slope`` pixels a column, the top left corner fixed: input y = y + slope · x."""
     return _matrix(slope, {(1, 0): slope})
 
@@ -181,7 +181,7 @@ def apply_matrix(images: Tensor, matrix: Tensor, fill: int = 0) -> Tensor:
     return torch.where(inside.unsqueeze(1), moved, fill)
 
 
-# Operations on neighbourhoods and channels: (images, values) -> images -------------------------------------------------
+# Operations on neighbourhoods and channels: (images, values) -> images ----------------------------------------------
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     return sharpened
 
 
-# Crops, flips and holes -------------------------------------------------------------------------------------------------
+# Crops, flips and holes ---------------------------------------------------------------------------------------------
 
 
 def shift_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, reflect: bool = True) -> Tensor:

@@ -219,7 +219,8 @@ class Weak(View):
         down, right = _pixels(self.crop_padding, height), _pixels(self.crop_padding, width)
         if down >= height or right >= width:
             raise ValueError(
-                f"{type(self).__name__}: crop_padding={self.crop_padding} must be below the image's side ({height}×{width})"
+                f"{type(self).__name__}: crop_padding={self.crop_padding}, but it is below the image's side "
+                f"({height}×{width})"
             )
         return WeakDraw(
             torch.randint(-down, down + 1, (batch,)),
@@ -388,7 +389,8 @@ def _operation_names(ops: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(ops, str):
         if ops not in OPERATION_SETS:
             raise ValueError(
-                f"Strong: ops={ops!r}, but the named sets are {', '.join(OPERATION_SETS)}.{suggest(ops, OPERATION_SETS)}"
+                f"Strong: ops={ops!r}, but the named sets are {', '.join(OPERATION_SETS)}."
+                f"{suggest(ops, OPERATION_SETS)}"
             )
         return OPERATION_SETS[ops]
     for name in ops:
@@ -405,7 +407,8 @@ def _operation_names(ops: str | Sequence[str]) -> tuple[str, ...]:
 def _round(images: Tensor, kinds: Tensor, values: Tensor) -> Tensor:
     """One operation a sample: sort the batch by operation, work on the runs, sort back.
 
-    ``kinds`` is on the host, so the runs' lengths cost no wait. All tables share one lookup, all inverse maps one gather.
+    ``kinds`` is on the host, so the runs' lengths cost no wait. All tables share one lookup, all inverse maps one
+    gather.
     """
     counts = torch.bincount(kinds, minlength=len(operations.OPERATIONS)).tolist()
     if counts[0] == len(kinds):
@@ -480,9 +483,9 @@ def reference(name: str, image: Any, value: float) -> Any:
         case "rotate":
             return functional.rotate(image, value)
         case "shear_x":
-            shear = [-math.degrees(math.atan(value)), 0.0]
+            shear = [math.degrees(math.atan(value)), 0.0]
         case "shear_y":
-            shear = [0.0, -math.degrees(math.atan(value))]
+            shear = [0.0, math.degrees(math.atan(value))]
         case "translate_x":
             shift = [-int(value * width), 0]
         case "translate_y":
