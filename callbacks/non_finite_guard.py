@@ -1,0 +1,199 @@
+"""Stops a run whose loss is no longer a number, before it costs the last good checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from zoo.core.errors import UserError
+
+
+class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818 (a state, named as users search for it)
+    """The loss, a gradient or a weight is NaN or infinite.
+
+    Attributes:
+        step: ``global_step`` at the first bad batch of this rank, or of the first rank that had one.
+        indices: samples of that batch by role, as lists of their stable index.
+        checkpoint: the newest checkpoint that is still good, if any.
+    """
+
+    def __init__(self, message: str, step: int, indices: dict[str, list[int]], checkpoint: Path | None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.indices = indices
+        self.checkpoint = checkpoint
+
+
+class NonFiniteGuard(Callback):
+    """Raises :class:`NonFiniteLoss` on all ranks together, with the step and the samples of the first bad batch.
+
+    Looking at a loss on the host at every step would stall the device. So every step only folds ``isfinite(loss)`` into
+    a device tensor that remembers the first bad batch, and the host reads it every ``every_n_steps`` batches, before a
+    validation, at the end of an epoch, and before any checkpoint. Before a checkpoint the trainable weights are checked
+    too: a finite loss can have had a gradient that was not.
+
+    Args:
+        every_n_steps: read every N batches; None is the trainer's ``log_every_n_steps``.
+        gradients: also watch the gradients' norm before each optimizer step. Not under 16-mixed precision, whose
+            scaler meets overflows and skips them by design.
+
+    Raises:
+        ValueError: for ``every_n_steps`` below 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, gradients: bool = False) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"NonFiniteGuard: every_n_steps={every_n_steps} must be at least 1, or None")
+        self.every_n_steps = every_n_steps
+        self.gradients = gradients
+        self._first: Tensor | None = None  # position in `_recent` of the first bad batch, -1 for none
+        self._recent: list[tuple[int, int, dict[str, Tensor]]] = []  # batches since the last reading
+        self._good: set[Path] = set()
+        self._error: NonFiniteLoss | None = None
+        self._watching = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with a clean flag."""
+        self._first = torch.full((), -1, dtype=torch.long, device=trainer.strategy.root_device)
+        self._recent, self._good, self._error, self._watching = [], set(), None, True
+        self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note which samples come, as tensors where they are."""
+        self._recent.append((trainer.global_step, batch_idx, _indices(batch)))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Watch the gradients, if asked."""
+        if self.gradients and not self._scaled:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if gradients:
+                self._note(torch.stack(torch._foreach_norm(gradients)).sum())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fold the loss in; read when it is time, or when a checkpoint callback is about to save."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._note(loss.detach())
+        every = self.every_n_steps or trainer.log_every_n_steps or 50
+        if len(self._recent) >= every:
+            self._read(trainer)
+        if any(_saves_now(callback, trainer.global_step) for callback in trainer.checkpoint_callbacks):
+            self._read(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read before a validation, whose end may save."""
+        if self._watching and not trainer.sanity_checking:
+            self._read(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read before the epoch's checkpoint: checkpoint callbacks come after all others."""
+        self._read(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read before the last checkpoint."""
+        self._read(trainer, pl_module)
+        self._watching = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save a bad state, whoever asked for it."""
+        if self._error is not None:
+            raise self._error
+        if self._watching:
+            self._read(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the run's tensors go."""
+        self._first, self._recent, self._watching = None, [], False
+
+    def _note(self, value: Tensor) -> None:
+        assert self._first is not None
+        # All on the device: no value is known here.
+        bad = ~torch.isfinite(value).all() & (self._first < 0)
+        self._first = torch.where(bad, len(self._recent) - 1, self._first)
+
+    def _read(self, trainer: Trainer, module: LightningModule | None = None) -> None:
+        """Wait for the device, agree with the other ranks, and raise or start anew."""
+        assert self._first is not None
+        first = int(self._first)
+        what = "the loss" + (" or a gradient" if self.gradients else "")
+        if first < 0 and module is not None and not _weights_are_finite(module):
+            first, what = len(self._recent) - 1, "a weight"
+            if first < 0:
+                self._recent, first = [(trainer.global_step, -1, {})], 0
+        if trainer.strategy.reduce_boolean_decision(first >= 0, all=False):
+            self._error = self._explain(trainer, first, what)
+            raise self._error
+        self._recent.clear()
+        for callback in trainer.checkpoint_callbacks:
+            paths = (getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))
+            self._good.update(Path(path) for path in paths if path)
+
+    def _explain(self, trainer: Trainer, first: int, what: str) -> NonFiniteLoss:
+        own: Any = None
+        if first >= 0:
+            step, batch_idx, tensors = self._recent[first]
+            indices = {role: index.flatten().tolist() for role, index in tensors.items()}
+            own = (trainer.global_rank, what, step, batch_idx, indices)
+        found = [own]
+        if trainer.world_size > 1:
+            found = [None] * trainer.world_size
+            torch.distributed.all_gather_object(found, own)
+        rank, what, step, batch_idx, indices = own or next(item for item in found if item is not None)
+        for callback in trainer.checkpoint_callbacks:
+            paths = (getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))
+            self._good.update(Path(path) for path in paths if path)
+        files = [path for path in self._good if path.exists()]
+        checkpoint = max(files, key=lambda path: path.stat().st_mtime, default=None)
+        where = f"step {step}" + (f" (batch {batch_idx} of epoch {trainer.current_epoch})" if batch_idx >= 0 else "")
+        where += f" on rank {rank}" if trainer.world_size > 1 else ""
+        samples = "; ".join(f"{role}: {_short(numbers)}" for role, numbers in indices.items())
+        message = f"NonFiniteGuard: {what} became NaN or infinite at {where}."
+        message += f" Samples of that batch: {samples}." if samples else ""
+        if checkpoint is not None:
+            message += f" The last good checkpoint is {checkpoint}."
+        else:
+            message += " There is no good checkpoint yet."
+        message += " A lower learning rate, trainer.gradient_clip_val or precision 32 or bf16 may help"
+        return NonFiniteLoss(message, step, indices, checkpoint)
+
+
+def _indices(batch: Any) -> dict[str, Tensor]:
+    """The ``index`` tensors of a batch by role."""
+    if not isinstance(batch, dict):
+        return {}
+    found = {role: part["index"] for role, part in batch.items() if isinstance(part, dict) and "index" in part}
+    if isinstance(batch.get("index"), Tensor):
+        found["samples"] = batch["index"]
+    return {role: index for role, index in found.items() if isinstance(index, Tensor)}
+
+
+def _saves_now(callback: Any, step: int) -> bool:
+    """Whether a checkpoint callback may save at the end of this batch. Others end up in ``on_save_checkpoint``."""
+    every = getattr(callback, "_every_n_train_steps", 0)
+    timed = getattr(callback, "_train_time_interval", None) is not None and getattr(callback, "save_weights_only", False)
+    return timed or (every > 0 and step % every == 0)
+
+
+@torch.no_grad()
+def _weights_are_finite(module: LightningModule) -> bool:
+    weights = [_local(p.detach()) for p in module.parameters() if p.requires_grad and p.is_floating_point()]
+    # A sum of norms is NaN or infinite if any entry is; norms in float32, so that half precision does not overflow.
+    return not weights or bool(torch.isfinite(torch.stack(torch._foreach_norm(weights, dtype=torch.float32)).sum()))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded parameter: the ranks agree on the result afterwards."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _short(numbers: list[int], most: int = 16) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown + (f", … ({len(numbers)} in all)" if len(numbers) > most else "")
