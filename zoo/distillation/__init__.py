@@ -1,0 +1,1 @@
+"""Small students of large teachers."""

@@ -1,0 +1,81 @@
+"""Remembering what a frozen network says about each sample."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zoo.core.errors import UserError
+
+
+class OutputCache:
+    """Outputs of a frozen network by sample index, filled when a sample is first seen.
+
+    Every sample's image is remembered as a 64-bit fingerprint, so that a view which changed is noticed rather than
+    answered with what was said about another one. Lives on the device of the data and in no checkpoint: a resumed run
+    fills it again.
+
+    Args:
+        name: what to call it in the error.
+    """
+
+    def __init__(self, name: str = "OutputCache") -> None:
+        self.name = name
+        self.outputs: Tensor | None = None
+        self.fingerprints: Tensor | None = None
+        self.known: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, network: Callable[[Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
+        """Outputs (B, C) for ``images`` (B, ...) with the stable numbers ``index`` (B,).
+
+        Raises:
+            UserError: if a sample comes with another image than the first time.
+        """
+        prints = fingerprint(images)
+        self._reserve(int(index.max()) + 1, images.device)
+        assert self.known is not None and self.fingerprints is not None
+        known = self.known[index]
+        changed = known & (self.fingerprints[index] != prints)
+        if changed.any():
+            raise UserError(
+                f"{self.name}: sample {int(index[changed][0])} came with another image than before, so its views are "
+                "random. Use deterministic views or no cache"
+            )
+        if not known.all():
+            new = ~known
+            outputs = network(images[new]).float()
+            if self.outputs is None:
+                self.outputs = outputs.new_zeros(len(self.known), *outputs.shape[1:])
+            self.outputs[index[new]] = outputs
+            self.fingerprints[index[new]], self.known[index[new]] = prints[new], True
+        assert self.outputs is not None
+        return self.outputs[index]
+
+    def _reserve(self, size: int, device: torch.device) -> None:
+        """Room for ``size`` samples; doubling keeps the copies few."""
+        have = 0 if self.known is None else len(self.known)
+        if self.known is not None and (size <= have):
+            return
+        grown = max(size, 2 * have)
+        known, prints = torch.zeros(grown, dtype=torch.bool), torch.zeros(grown, dtype=torch.long)
+        known, prints = known.to(device), prints.to(device)
+        if self.known is not None and self.fingerprints is not None:
+            known[:have], prints[:have] = self.known, self.fingerprints
+        if self.outputs is not None:
+            outputs = self.outputs.new_zeros(grown, *self.outputs.shape[1:])
+            outputs[:have] = self.outputs
+            self.outputs = outputs
+        self.known, self.fingerprints = known, prints
+
+
+def fingerprint(images: Tensor) -> Tensor:
+    """A 64-bit number (B,) for each image: a random linear map of its bits modulo 2^64, exact in any order of summation.
+
+    Args:
+        images: (B, ...), floating point or integers.
+    """
+    bits = images.float().flatten(1).contiguous().view(torch.int32).long()
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(bits.device) * 2 + 1
+    return (bits * factors).sum(dim=1)

@@ -1,0 +1,1 @@
+"""Learning on labelled source domains for a target domain without labels."""

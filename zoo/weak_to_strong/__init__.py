@@ -1,0 +1,1 @@
+"""Strong students of weak supervisors."""
