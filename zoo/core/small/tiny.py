@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class TinyCNN(StagedNet):
         widths = [in_chans, width, 2 * width, 4 * width]
         stages = [
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         ]
         super().__init__(nn.Identity(), stages, widths[1:], (2, 4, 8), num_classes, drop_rate=drop_rate)
 

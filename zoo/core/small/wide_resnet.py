@@ -25,7 +25,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, stride: int, norm: dict[str, float], slope: float, drop: float, activated: bool
+        self, inputs: int, outputs: int, stride: int, norm: dict[str, Any], slope: float, drop: float, activated: bool
     ) -> None:
         super().__init__()
         self.slope, self.drop, self.activated = slope, drop, activated
@@ -46,7 +46,7 @@ class Block(nn.Module):
 class Final(nn.Module):
     """The last norm and activation."""
 
-    def __init__(self, width: int, norm: dict[str, float], slope: float) -> None:
+    def __init__(self, width: int, norm: dict[str, Any], slope: float) -> None:
         super().__init__()
         self.slope = slope
         self.norm = nn.BatchNorm2d(width, **norm)
@@ -59,8 +59,10 @@ class Final(nn.Module):
 class WideResNet(StagedNet):
     """WRN-depth-width: three stages of (depth - 4) / 6 pre-activation blocks with 16, 32, 64 times ``width`` channels.
 
-    The semi-supervised literature's WRN-28-2 (FixMatch, TorchSSL) has ``leaky_slope=0.1``, ``norm_momentum=0.001``,
-    ``norm_eps=0.001`` and ``activate_shortcut=False``; the defaults are the original's, with torch's batch norm.
+    The defaults are the original's, with torch's batch norm. The semi-supervised literature's WRN-28-2 (FixMatch) has
+    ``leaky_slope=0.1, norm_momentum=0.001, norm_eps=0.001, activate_shortcut=False``: a momentum that slow needs the
+    long trainings of those papers. (TorchSSL's copy also skips the first norm and activation where stages 2 and 3
+    widen, which leaves parameters without gradients; this one does not. Convolutions have no biases.)
 
     Args:
         depth: 6 n + 4.
@@ -70,7 +72,7 @@ class WideResNet(StagedNet):
         leaky_slope: negative slope of the activation; 0 is ReLU.
         norm_momentum: share of the batch in batch norm's running statistics.
         norm_eps: added to batch norm's variance.
-        activate_shortcut: whether every shortcut convolution sees the activated input; otherwise only the first one does.
+        activate_shortcut: whether every shortcut convolution sees the activated input; otherwise only the first does.
         block_drop: dropout inside the blocks.
         drop_rate: dropout in front of the classifier.
 
@@ -96,7 +98,7 @@ class WideResNet(StagedNet):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"WideResNet: depth={depth}, must be 6 n + 4 with n ≥ 1 (10, 16, 22, 28, …)")
-        norm = {"momentum": norm_momentum, "eps": norm_eps}
+        norm: dict[str, Any] = {"momentum": norm_momentum, "eps": norm_eps}
         widths = [16, 16 * width, 32 * width, 64 * width]
         stages = [
             nn.Sequential(
