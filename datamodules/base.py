@@ -224,10 +224,7 @@ class Data(LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         """The prediction set in order, or every image below ``predict_folder``."""
-        if self.predict_folder is None:
-            samples = self.prediction_set()
-        else:
-            samples = self._folder(self.predict_folder)
+        samples = self.prediction_set() if self.predict_folder is None else self._folder(self.predict_folder)
         if isinstance(samples, FileSamples):
             self.predict_paths = list(samples.paths)
         return self._evaluation_loaders({"predict": samples})["predict"]
@@ -338,7 +335,7 @@ class Data(LightningDataModule):
         if role.batch_size > len(role.samples) and not self.allow_repeats:
             raise UserError(
                 f"{self._owner}: a batch of {role.batch_size} is larger than the {len(role.samples)} samples of the "
-                f"role {name!r}. At most {len(role.samples)}, or allow_repeats: true to see samples several times a step"
+                f"role {name!r}. At most {len(role.samples)}, or allow_repeats: true to see samples twice in a step"
             )
 
     def _write_split(self) -> None:
@@ -420,7 +417,7 @@ def find_source(name: str, **arguments: Any) -> Source:
 
 
 def _descendants(base: type) -> list[type]:
-    found = []
+    found: list[type] = []
     for cls in base.__subclasses__():
         found += [cls, *_descendants(cls)]
     return found

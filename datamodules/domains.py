@@ -188,8 +188,10 @@ class DomainData(Data):
 
     def make_roles(self) -> dict[str, Role]:
         """Two roles: ``source`` and ``target``."""
-        weak = self.default_weak(self.source)
-        strong = self.default_strong(self.strong, self.source)
+        # one domain whose classes do not survive a mirror decides for all
+        strictest = next((source for source in self._sources() if not source.flip), self.source)
+        weak = self.default_weak(strictest)
+        strong = self.default_strong(self.strong, strictest)
         labeled = self._joined("source")
         target = self._train(self.target).subset(self.parts["target"])
         return {

@@ -133,11 +133,14 @@ class ArraySource(Source):
         )
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         return self._parts()[0]
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         return self._parts()[1]
 
     def unlabeled(self) -> Samples | None:
+        """What the source brings without labels, or None."""
         images = self._read().get("unlabeled_images")
         return None if images is None else self._samples(images, torch.full((len(images),), -1))

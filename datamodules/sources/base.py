@@ -18,7 +18,7 @@ from zoo.core.errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
-class MissingData(UserError, FileNotFoundError):
+class MissingData(UserError, FileNotFoundError):  # noqa: N818 (what is wrong is in the name)
     """Data that is neither on this machine nor could be brought to it."""
 
 
@@ -103,6 +103,7 @@ class TensorSamples(Samples):
         self.images = images
 
     def images_at(self, where: Tensor) -> Tensor:
+        """The images at these positions, uint8 (B, C, H, W)."""
         return self.images[where]
 
     def _select(self, where: Tensor) -> dict[str, Any]:
@@ -146,6 +147,7 @@ class FileSamples(Samples):
         self.channels = channels
 
     def images_at(self, where: Tensor) -> Tensor:
+        """The images at these positions, uint8 (B, C, H, W)."""
         if not len(where):
             return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
         return torch.stack([read_image(self.paths[i], self.size, self.channels) for i in where.tolist()])

@@ -67,7 +67,9 @@ class Blobs(Source):
         return TensorSamples(images.round().clamp(0, 255).to(torch.uint8), labels)
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         return self._draw(self.samples, 1)
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         return self._draw(self.test_samples, 2)

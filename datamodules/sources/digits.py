@@ -41,10 +41,12 @@ class MNIST5k(Source):
         return TensorSamples(resize(images, self.size), labels), train, test
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         samples, train, _ = self._load()
         return _renumbered(samples, train)
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         samples, _, test = self._load()
         return _renumbered(samples, test)
 
@@ -78,10 +80,12 @@ class Optdigits(Source):
         return TensorSamples(resize(images, self.size), labels), train, test
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         samples, train, _ = self._load()
         return _renumbered(samples, train)
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         samples, _, test = self._load()
         return _renumbered(samples, test)
 

@@ -94,12 +94,15 @@ class _Files(Source):
         return samples
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         return self._required("train")
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         return self._required("test")
 
     def unlabeled(self) -> Samples | None:
+        """What the source brings without labels, or None."""
         return self._part("unlabeled")
 
 

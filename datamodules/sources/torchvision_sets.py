@@ -12,6 +12,17 @@ import torch
 from datamodules.sources.base import MissingData, Samples, Source, TensorSamples
 from zoo.core.errors import UserError
 
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
+    tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+    worm
+"""
+
 
 class _TorchvisionSource(Source):
     """A set that torchvision knows, in memory as uint8.
@@ -76,9 +87,11 @@ class _TorchvisionSource(Source):
         return TensorSamples(images, torch.as_tensor(labels).long())
 
     def train(self) -> Samples:
+        """The training samples, with labels."""
         return self._samples("train")
 
     def test(self) -> Samples:
+        """The test samples, with labels."""
         return self._samples("test")
 
 
@@ -113,11 +126,12 @@ class FashionMNIST(_TorchvisionSource):
     files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
     def _open(self, split: str, download: bool = False) -> Any:
-        from torchvision.datasets import FashionMNIST as Dataset
+        from torchvision import datasets
 
-        return Dataset(self.root, train=split == "train", download=download)
+        return datasets.FashionMNIST(self.root, train=split == "train", download=download)
 
     def prepare(self) -> None:
+        """Check that the files are there, or bring them."""
         raw = Path(self.root) / self.folder
         for name in self.files:
             packed, plain = raw / f"{name}.gz", raw / name
@@ -144,9 +158,9 @@ class CIFAR10(_TorchvisionSource):
     files = ("data_batch_1 ... data_batch_5", "test_batch", "batches.meta")
 
     def _open(self, split: str, download: bool = False) -> Any:
-        from torchvision.datasets import CIFAR10 as Dataset
+        from torchvision import datasets
 
-        return Dataset(self.root, train=split == "train", download=download)
+        return datasets.CIFAR10(self.root, train=split == "train", download=download)
 
 
 class CIFAR100(_TorchvisionSource):
@@ -161,14 +175,12 @@ class CIFAR100(_TorchvisionSource):
     std = (0.2673, 0.2564, 0.2762)
     folder = "cifar-100-python"
     files = ("train", "test", "meta")
-    classes = tuple(
-        ["apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"]
-    )
+    classes = tuple(_CIFAR100.split())
 
     def _open(self, split: str, download: bool = False) -> Any:
-        from torchvision.datasets import CIFAR100 as Dataset
+        from torchvision import datasets
 
-        return Dataset(self.root, train=split == "train", download=download)
+        return datasets.CIFAR100(self.root, train=split == "train", download=download)
 
 
 class SVHN(_TorchvisionSource):
@@ -191,6 +203,7 @@ class SVHN(_TorchvisionSource):
         self.extra = extra
 
     def prepare(self) -> None:
+        """Check that the files are there, or bring them."""
         super().prepare()
         if self.extra:
             try:
@@ -199,14 +212,15 @@ class SVHN(_TorchvisionSource):
                 self._fetch("extra")
 
     def _open(self, split: str, download: bool = False) -> Any:
-        from torchvision.datasets import SVHN as Dataset  # noqa: N811
+        from torchvision import datasets
 
-        return Dataset(self.root, split=split, download=download)
+        return datasets.SVHN(self.root, split=split, download=download)
 
     def _tensors(self, dataset: Any) -> tuple[Any, Any]:
         return dataset.data, dataset.labels
 
     def unlabeled(self) -> Samples | None:
+        """What the source brings without labels, or None."""
         return self._samples("extra") if self.extra else None
 
 
@@ -233,12 +247,13 @@ class STL10(_TorchvisionSource):
         self.folds = folds
 
     def _open(self, split: str, download: bool = False) -> Any:
-        from torchvision.datasets import STL10 as Dataset  # noqa: N811
+        from torchvision import datasets
 
-        return Dataset(self.root, split=split, folds=self.folds if split == "train" else None, download=download)
+        return datasets.STL10(self.root, split=split, folds=self.folds if split == "train" else None, download=download)
 
     def _tensors(self, dataset: Any) -> tuple[Any, Any]:
         return dataset.data, dataset.labels
 
     def unlabeled(self) -> Samples | None:
+        """What the source brings without labels, or None."""
         return self._samples("unlabeled")
