@@ -84,7 +84,6 @@ def load(
             verify(weights, config["sha256"])
         state = read_state_dict(weights)
     module = _instantiate(config, overrides, str(path))
-    module.configure_model()
     load_into(module, state, f"weights {path}")
     return module.eval()
 
@@ -314,7 +313,9 @@ def _instantiate(config: Mapping[str, Any], overrides: Mapping[str, Any], where:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise WeightsError(f"{where}: {class_path!r} is not a method of this zoo, nor one that you have imported")
     try:
-        return instantiate_module(Method, {**arguments, **overrides, "_class_path": class_path})
+        module = instantiate_module(Method, {**arguments, **overrides, "_class_path": class_path})
+        module.configure_model()
+        return module
     except Exception as error:  # the parser's own and the constructors'
         missing = config.get("unrecorded")
         hint = f" Give the arguments that could not be recorded: {', '.join(map(str, missing))}." if missing else ""
