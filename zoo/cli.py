@@ -207,7 +207,10 @@ class ZooCLI(LightningCLI):
         self.config[self.subcommand]["ckpt_path"] = None  # what is saved describes the run, not how it was started
         if self.subcommand != "fit" or self.folder is None:
             self.save_config_callback: type[SaveConfigCallback] | None = None
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, MisconfigurationException) as error:  # no such strategy, no such device, ...
+            raise UserError(f"trainer: {error}") from error
 
     def _default_callbacks(self, named: list[Callback], config: dict[str, Any]) -> Iterator[Callback]:
         """The callbacks of every run, where the config names none of that class."""
