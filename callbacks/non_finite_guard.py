@@ -52,6 +52,7 @@ class NonFiniteGuard(Callback):
         self.gradients = gradients
         self._first: Tensor | None = None  # position in `_recent` of the first bad batch, -1 for none
         self._recent: list[tuple[int, int, dict[str, Tensor]]] = []  # batches since the last reading
+        self._last: tuple[int, int, dict[str, Tensor]] | None = None  # the newest of them, also after a reading
         self._good: set[Path] = set()
         self._error: NonFiniteLoss | None = None
         self._watching = False
@@ -60,11 +61,13 @@ class NonFiniteGuard(Callback):
         """Begin with a clean flag."""
         self._first = torch.full((), -1, dtype=torch.long, device=trainer.strategy.root_device)
         self._recent, self._good, self._error, self._watching = [], set(), None, True
+        self._last = None
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which samples come, as tensors where they are."""
-        self._recent.append((trainer.global_step, batch_idx, _indices(batch)))
+        self._last = (trainer.global_step, batch_idx, _indices(batch))
+        self._recent.append(self._last)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -82,11 +85,11 @@ class NonFiniteGuard(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._note(loss.detach())
-        every = self.every_n_steps or trainer.log_every_n_steps or 50
-        if len(self._recent) >= every:
-            self._read(trainer)
+        every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         if any(_saves_now(callback, trainer.global_step) for callback in trainer.checkpoint_callbacks):
             self._read(trainer, pl_module)
+        elif len(self._recent) >= every:
+            self._read(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read before a validation, whose end may save."""
@@ -111,7 +114,7 @@ class NonFiniteGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the run's tensors go."""
-        self._first, self._recent, self._watching = None, [], False
+        self._first, self._recent, self._last, self._watching = None, [], None, False
 
     def _note(self, value: Tensor) -> None:
         assert self._first is not None
@@ -125,13 +128,15 @@ class NonFiniteGuard(Callback):
         first = int(self._first)
         what = "the loss" + (" or a gradient" if self.gradients else "")
         if first < 0 and module is not None and not _weights_are_finite(module):
-            first, what = len(self._recent) - 1, "a weight"
-            if first < 0:
-                self._recent, first = [(trainer.global_step, -1, {})], 0
+            # The losses so far were finite, so it was the newest step that broke the weights.
+            self._recent, first, what = [self._last or (trainer.global_step, -1, {})], 0, "a weight"
         if trainer.strategy.reduce_boolean_decision(first >= 0, all=False):
             self._error = self._explain(trainer, first, what)
             raise self._error
         self._recent.clear()
+        self._remember_checkpoints(trainer)
+
+    def _remember_checkpoints(self, trainer: Trainer) -> None:
         for callback in trainer.checkpoint_callbacks:
             paths = (getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))
             self._good.update(Path(path) for path in paths if path)
@@ -147,9 +152,7 @@ class NonFiniteGuard(Callback):
             found = [None] * trainer.world_size
             torch.distributed.all_gather_object(found, own)
         rank, what, step, batch_idx, indices = own or next(item for item in found if item is not None)
-        for callback in trainer.checkpoint_callbacks:
-            paths = (getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))
-            self._good.update(Path(path) for path in paths if path)
+        self._remember_checkpoints(trainer)
         files = [path for path in self._good if path.exists()]
         checkpoint = max(files, key=lambda path: path.stat().st_mtime, default=None)
         where = f"step {step}" + (f" (batch {batch_idx} of epoch {trainer.current_epoch})" if batch_idx >= 0 else "")
@@ -178,8 +181,9 @@ def _indices(batch: Any) -> dict[str, Tensor]:
 def _saves_now(callback: Any, step: int) -> bool:
     """Whether a checkpoint callback may save at the end of this batch. Others end up in ``on_save_checkpoint``."""
     every = getattr(callback, "_every_n_train_steps", 0)
-    timed = getattr(callback, "_train_time_interval", None) is not None and getattr(callback, "save_weights_only", False)
-    return timed or (every > 0 and step % every == 0)
+    # A file of weights alone does not pass through `on_save_checkpoint`.
+    bare = getattr(callback, "save_weights_only", False) and getattr(callback, "_train_time_interval", None) is not None
+    return bare or (every > 0 and step % every == 0)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class PredictionWriter(Callback):
     class. ``predictions.safetensors`` holds ``index`` (N,) int64 and ``probabilities`` (N, C) float32: a weak
     supervisor's labels for a strong student. Samples that several ranks predicted appear once.
 
-    Paths come from the batch (key ``path``, a list) or from ``datamodule.sample_paths(index) -> list[str]``.
+    Paths come from the batch (key ``path``, a list) or from the loader's set, where it has ``ids`` (N,) and ``paths``.
 
     Args:
         folder: where to write; None is the run folder.
@@ -93,7 +93,6 @@ class PredictionWriter(Callback):
         self._rows, self._paths = [], {}
 
     def _all_paths(self, trainer: Trainer, index: Tensor) -> list[str] | None:
-        look_up = getattr(getattr(trainer, "datamodule", None), "sample_paths", None)
         parts = [self._paths]
         if trainer.world_size > 1:
             parts = [{} for _ in range(trainer.world_size)]
@@ -101,8 +100,12 @@ class PredictionWriter(Callback):
         known = {number: path for part in parts for number, path in part.items()}
         if known:
             return [known.get(number, "") for number in index.tolist()]
-        found = look_up(index) if callable(look_up) else None
-        return None if found is None else [str(path) for path in found]
+        samples = getattr(trainer.predict_dataloaders, "dataset", None)
+        ids, files = getattr(samples, "ids", None), getattr(samples, "paths", None)
+        if ids is None or files is None:
+            return None
+        by_id = dict(zip(ids.tolist(), files, strict=True))
+        return [str(by_id.get(number, "")) for number in index.tolist()]
 
     def _write_csv(
         self, path: Path, index: Tensor, probabilities: Tensor, paths: list[str] | None, classes: Any

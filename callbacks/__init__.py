@@ -1,0 +1,20 @@
+"""What spans steps and belongs to no method: callbacks decide *when*."""
+
+from callbacks.baseline import SupervisedBaseline
+from callbacks.ema_teacher import EMATeacher
+from callbacks.non_finite_guard import NonFiniteGuard, NonFiniteLoss
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.pseudo_labeler import PseudoLabeler
+from callbacks.run_summary import RunSummary
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "EMATeacher",
+    "NonFiniteGuard",
+    "NonFiniteLoss",
+    "PredictionWriter",
+    "PseudoLabeler",
+    "RunSummary",
+    "SupervisedBaseline",
+    "Throughput",
+]

@@ -1,0 +1,382 @@
+"""What a run was, in one table, one file and one picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from callbacks.baseline import SupervisedBaseline, evaluate
+from callbacks.files import run_folder, write_atomically
+from callbacks.throughput import Throughput
+from zoo.core.errors import UserError
+
+_PACKAGES = ("labelight", "torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers", "numpy")
+_LOWER_IS_BETTER = ("loss", "error", "nll", "perplexity", "calibration")
+
+
+class RunSummary(Callback):
+    """Writes ``metrics.json`` and ``summary.png`` into the run folder and prints a table at the end.
+
+    ``metrics.json`` holds ``metrics`` (name → last value; the best of every validation metric as ``best/val/…``;
+    a baseline's as ``baseline/…``), ``best`` (with step and epoch), ``throughput``, ``steps``, ``epochs``, ``seed``,
+    ``duration_seconds``, ``checkpoint``, ``environment``. A test adds its metrics to the file of the fit.
+    ``summary.png`` shows the losses, the evaluation metrics, and of the last validation (or test) the confusion matrix
+    and the reliability diagram. These two are collected as counts while the method evaluates, without another forward.
+
+    Args:
+        test_after_fit: evaluate the last weights on the test set when training has ended (one process only).
+        baseline: ``metrics.json`` of another run to show beside this one.
+        picture: write ``summary.png``.
+        table: print the table.
+
+    Raises:
+        UserError: at setup, if ``baseline`` names a file that cannot be read.
+    """
+
+    def __init__(
+        self, test_after_fit: bool = False, baseline: str | None = None, picture: bool = True, table: bool = True
+    ) -> None:
+        self.test_after_fit = test_after_fit
+        self.baseline = baseline
+        self.picture = picture
+        self.table = table
+        self.best: dict[str, dict[str, float]] = {}
+        self.counts: Counts | None = None
+        self._compared: dict[str, float] = {}
+        self._tested: dict[str, float] = {}
+        self._folder = Path()
+        self._earlier = 0.0  # seconds of training before this start
+        self._began: float | None = None
+        self._hook: Any = None
+        self._logits: Tensor | None = None
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run folder while all ranks are here to agree on it."""
+        self._folder = run_folder(trainer)
+        self._began, self._tested, self.counts = time.perf_counter(), {}, None
+        if self.baseline is not None:
+            try:
+                self._compared = _numbers(json.loads(Path(self.baseline).read_text(encoding="utf-8"))["metrics"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"RunSummary: baseline={self.baseline!r} is no metrics.json of a run ({error!r})"
+                ) from error
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count anew, from what the method's own forward gives."""
+        self.counts = None
+        self._hook = pl_module.register_forward_hook(self._keep)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count one batch of the first loader."""
+        logits, self._logits = self._logits, None
+        label = batch.get("label") if isinstance(batch, dict) else None
+        if dataloader_idx or logits is None or not isinstance(label, Tensor) or label.shape != logits.shape[:1]:
+            return
+        if self.counts is None:
+            self.counts = Counts(logits.shape[1], logits.device)
+        self.counts.update(logits, label)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best of every metric."""
+        self._unhook()
+        if trainer.sanity_checking:
+            self.counts = None
+            return
+        for name, value in _numbers(trainer.callback_metrics).items():
+            if name.startswith("train/"):
+                continue
+            known = self.best.get(name)
+            sign = -1 if any(word in name for word in _LOWER_IS_BETTER) else 1
+            if known is None or sign * value > sign * known["value"]:
+                self.best[name] = {"value": value, "step": trainer.global_step, "epoch": trainer.current_epoch}
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum the counts over the ranks."""
+        self._unhook()
+        if self.counts is not None:
+            self.counts.reduce()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._unhook()
+
+    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
+            self._logits = output.detach()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._logits = None, None
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum the last validation's counts over the ranks while there is still a process group."""
+        if self.counts is not None:
+            self.counts.reduce()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the last weights, if asked and not done by the baseline."""
+        if not self.test_after_fit or trainer.fast_dev_run or _baseline(trainer) is not None:  # type: ignore[attr-defined]
+            return
+        if trainer.world_size > 1:
+            rank_zero_warn(f"RunSummary: test_after_fit is left out with {trainer.world_size} processes; use zoo test")
+        else:
+            self._tested = evaluate(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write and print, after every other callback's end."""
+        if not trainer.is_global_zero or trainer.fast_dev_run or stage == "predict":  # type: ignore[attr-defined]
+            return
+        found = self.collect(trainer, pl_module, stage)
+        text = json.dumps(found, indent=2, sort_keys=False)
+        write_atomically(self._folder / "metrics.json", lambda path: _write_text(path, text + "\n"))
+        if self.picture:
+            from callbacks.picture import draw
+
+            for logger in trainer.loggers:
+                logger.save()
+            classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
+            write_atomically(
+                self._folder / "summary.png",
+                lambda path: draw(path, self._folder / "metrics.csv", self.counts, classes, self._title(pl_module)),
+            )
+        if self.table:
+            self._print(trainer, pl_module, found, stage)
+
+    def collect(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
+        """The contents of ``metrics.json``."""
+        seconds = self._seconds()
+        path = self._folder / "metrics.json"
+        found: dict[str, Any] = {}
+        if stage != "fit" and path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                found = {}
+        metrics = {**found.get("metrics", {}), **_numbers(trainer.callback_metrics)}
+        if stage != "fit":
+            found["metrics"] = metrics
+            found[f"{stage}ed"] = {"checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None}
+            found.setdefault("environment", _environment(trainer))
+            found.setdefault("duration_seconds", {})[stage] = round(seconds, 3)
+            return found
+        metrics.update(self._tested)
+        metrics.update({f"best/{name}": entry["value"] for name, entry in self.best.items()})
+        baseline = _baseline(trainer)
+        if baseline is not None and baseline.results:
+            metrics.update(baseline.results["method"])
+            metrics.update({f"baseline/{name}": value for name, value in baseline.results["baseline"].items()})
+            found["baseline"] = {"steps": baseline.steps}
+        elif self._compared:
+            own = {name: v for name, v in self._compared.items() if not name.startswith(("best/", "baseline/"))}
+            metrics.update({f"baseline/{name}": value for name, value in own.items()})
+            found["baseline"] = {"file": self.baseline}
+        data = getattr(trainer, "datamodule", None)
+        throughput = next((c.summary for c in _callbacks(trainer) if isinstance(c, Throughput)), {})
+        return {
+            "method": type(pl_module).__name__,
+            "data": type(data).__name__ if data is not None else None,
+            "metrics": metrics,
+            "best": self.best,
+            "throughput": throughput,
+            **found,
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "seed": int(os.environ["PL_GLOBAL_SEED"]) if os.environ.get("PL_GLOBAL_SEED", "").isdigit() else None,
+            "world_size": trainer.world_size,
+            "precision": str(trainer.precision),
+            "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "duration_seconds": {"fit": round(seconds, 3)},
+            "checkpoint": _checkpoints(trainer),
+            "environment": _environment(trainer),
+        }
+
+    def _title(self, pl_module: LightningModule) -> str:
+        return f"{type(pl_module).__name__} · {self._folder.name}"
+
+    def _seconds(self) -> float:
+        return self._earlier + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule, found: dict[str, Any], stage: str) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        metrics, throughput = found["metrics"], found.get("throughput", {})
+        others = {name.removeprefix("baseline/"): v for name, v in metrics.items() if name.startswith("baseline/")}
+        table = Table(title=self._title(pl_module), title_justify="left", show_header=bool(others))
+        table.add_column("")
+        table.add_column(type(pl_module).__name__, overflow="fold")
+        if others:
+            steps = found.get("baseline", {}).get("steps")
+            table.add_column("baseline, same labels" + (f", {steps} steps" if steps else ""), overflow="fold")
+
+        def row(name: str, value: str, other: str = "") -> None:
+            table.add_row(name, value, *([other] if others else []))
+
+        for name, value in metrics.items():
+            if name.startswith(("best/", "baseline/")) or (name.startswith("train/") and not _shown(name)):
+                continue
+            best = metrics.get(f"best/{name}")
+            text = f"{value:.4f}" + (f" (best {best:.4f})" if best is not None and best != value else "")
+            row(name, text, f"{others[name]:.4f}" if name in others else "")
+        if stage == "fit" and throughput:
+            row("images/s", f"{throughput['images_per_second']:,.0f}")
+            row("waiting for data", f"{throughput['data_wait']:.1%}")
+            row("peak memory", f"{throughput['peak_memory_mib']:,.0f} MiB")
+        row("time", _clock(found["duration_seconds"].get(stage, 0.0)))
+        folder = _shorten(self._folder)
+        console = Console()
+        console.print(table)
+        # Outside the table: lines that one copies must not be broken into cells.
+        plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
+        checkpoints = found.get("checkpoint") or {}
+        for name, path in checkpoints.items():
+            console.print(f"{name} checkpoint  {_shorten(Path(path))}", **plain)
+        for name in ("config.yaml", "metrics.json", "metrics.csv", "summary.png"):
+            if (self._folder / name).is_file():
+                console.print(f"{name.ljust(15)}  {folder / name}", **plain)
+        checkpoint = checkpoints.get("last") or checkpoints.get("best")
+        if stage == "fit" and checkpoint and (self._folder / "config.yaml").is_file():
+            path = _shorten(Path(checkpoint))
+            console.print(f"repeat the test  zoo test --config {folder / 'config.yaml'} --ckpt_path {path}", **plain)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best values so far and the time spent."""
+        return {"best": self.best, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best, self._earlier = state_dict["best"], state_dict["seconds"]
+
+
+class Counts:
+    """Confusion matrix (C, C), rows the truth, and a histogram of confidences: counts, never samples.
+
+    Args:
+        num_classes: C.
+        device: where to count.
+        bins: of equal width over [0, 1].
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", bins: int = 15) -> None:
+        self.num_classes, self.bins = num_classes, bins
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
+        self.number, self.right, self.confidence = torch.zeros(3, bins, dtype=torch.float64, device=device).unbind()
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        """Count logits (B, C) against labels (B,); labels outside 0..C-1 are passed over."""
+        known = (label >= 0) & (label < self.num_classes)
+        confidence, predicted = logits[known].float().softmax(dim=1).max(dim=1)
+        label = label[known]
+        pairs = torch.bincount(label * self.num_classes + predicted, minlength=self.num_classes**2)
+        self.confusion = self.confusion + pairs.view(self.num_classes, self.num_classes)
+        where = (confidence * self.bins).long().clamp(0, self.bins - 1)
+        self.number = self.number + torch.bincount(where, minlength=self.bins)
+        right = (predicted == label).double()
+        self.right = self.right + torch.bincount(where, right, minlength=self.bins)
+        self.confidence = self.confidence + torch.bincount(where, confidence.double(), minlength=self.bins)
+
+    def reduce(self) -> None:
+        """Sum over the ranks, onto the CPU. Call it once, on every rank."""
+        from zoo.core.distributed import sum_across_ranks
+
+        for name in ("confusion", "number", "right", "confidence"):
+            setattr(self, name, sum_across_ranks(getattr(self, name)).cpu())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(self.confusion.trace() / self.confusion.sum().clamp(min=1))
+
+    @property
+    def calibration_error(self) -> float:
+        r"""Expected calibration error :math:`\sum_b \tfrac{n_b}{n} |acc_b - conf_b|` (Guo et al. 2017)."""
+        return float((self.right - self.confidence).abs().sum() / self.number.sum().clamp(min=1))
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _baseline(trainer: Trainer) -> SupervisedBaseline | None:
+    return next((callback for callback in _callbacks(trainer) if isinstance(callback, SupervisedBaseline)), None)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float | Tensor)}
+
+
+def _shown(name: str) -> bool:
+    return name == "train/loss" or "utili" in name or name.endswith("pseudo_label_accuracy")
+
+
+def _checkpoints(trainer: Trainer) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for callback in trainer.checkpoint_callbacks:
+        for name in ("best", "last"):
+            path = getattr(callback, f"{name}_model_path", "")
+            if path and Path(path).exists():
+                found.setdefault(name, str(path))
+    return found
+
+
+def _environment(trainer: Trainer) -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        found["device"] = torch.cuda.get_device_name(device)
+    else:
+        found["device"] = device.type
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _shorten(path: Path) -> Path:
+    """Relative to here where that is shorter to type."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
