@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -100,6 +101,14 @@ class Method(Persistent, Evaluated):
         if self._trainer is None or not (steps := self.trainer.estimated_stepping_batches) < float("inf"):
             return 0.0
         return min(self.trainer.global_step / steps, 1.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        """Seed the step where the run is seeded: dropout after a resume is then what it would have been."""
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            mixed = hash((int(seed), self.trainer.current_epoch, batch_idx, self.global_rank)) % 2**63
+            torch.default_generator.manual_seed(mixed)  # `torch.manual_seed` walks the stack where CUDA sleeps
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(mixed)
 
     def report(self, **terms: Tensor) -> Tensor:
         """The loss: the sum of its terms, each logged as ``train/<term>``."""
