@@ -100,11 +100,11 @@ class KnowledgeDistillation(Method):
         self.register_buffer("teacher_trained", torch.tensor(_has_weights(self.teacher_recipe)))
 
     def on_fit_start(self) -> None:
-        """Refuse to learn from a teacher that never learned. A checkpoint holds its teacher, and that it was trained."""
+        """Refuse to learn from a teacher that never learned; a checkpoint says whether its teacher did."""
         if not (self.allow_untrained_teacher or bool(self.teacher_trained)):
             raise UserError(
-                "KnowledgeDistillation: the teacher has random weights. Give its recipe `weights: PATH` (the checkpoint "
-                "of a run), or say allow_untrained_teacher=True"
+                "KnowledgeDistillation: the teacher has random weights. Give its recipe `weights: PATH` (the "
+                "checkpoint of a run), or say allow_untrained_teacher=True"
             )
 
     def teach(self, batch: dict[str, Tensor]) -> Tensor:

@@ -22,8 +22,8 @@ class OutputCache:
     def __init__(self, name: str = "OutputCache") -> None:
         self.name = name
         self.outputs: Tensor | None = None
-        self.fingerprints: Tensor | None = None
-        self.known: Tensor | None = None
+        self.fingerprints = torch.zeros(0, dtype=torch.long)
+        self.known = torch.zeros(0, dtype=torch.bool)
 
     @torch.no_grad()
     def __call__(self, network: Callable[[Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
@@ -34,7 +34,6 @@ class OutputCache:
         """
         prints = fingerprint(images)
         self._reserve(int(index.max()) + 1, images.device)
-        assert self.known is not None and self.fingerprints is not None
         known = self.known[index]
         changed = known & (self.fingerprints[index] != prints)
         if changed.any():
@@ -54,23 +53,23 @@ class OutputCache:
 
     def _reserve(self, size: int, device: torch.device) -> None:
         """Room for ``size`` samples; doubling keeps the copies few."""
-        have = 0 if self.known is None else len(self.known)
-        if self.known is not None and (size <= have):
+        have = len(self.known)
+        if size <= have:
             return
         grown = max(size, 2 * have)
-        known, prints = torch.zeros(grown, dtype=torch.bool), torch.zeros(grown, dtype=torch.long)
-        known, prints = known.to(device), prints.to(device)
-        if self.known is not None and self.fingerprints is not None:
-            known[:have], prints[:have] = self.known, self.fingerprints
+        self.known = _longer(self.known.to(device), grown)
+        self.fingerprints = _longer(self.fingerprints.to(device), grown)
         if self.outputs is not None:
-            outputs = self.outputs.new_zeros(grown, *self.outputs.shape[1:])
-            outputs[:have] = self.outputs
-            self.outputs = outputs
-        self.known, self.fingerprints = known, prints
+            self.outputs = _longer(self.outputs, grown)
+
+
+def _longer(x: Tensor, rows: int) -> Tensor:
+    """The same rows, followed by zeros."""
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def fingerprint(images: Tensor) -> Tensor:
-    """A 64-bit number (B,) for each image: a random linear map of its bits modulo 2^64, exact in any order of summation.
+    """A 64-bit number (B,) for each image: a random linear map of its bits modulo 2^64, so exact in any order.
 
     Args:
         images: (B, ...), floating point or integers.

@@ -21,7 +21,8 @@ from zoo.losses.adversarial import domain_accuracy, domain_loss
 class DANN(Method):
     r"""Features from which the label can be told and the domain cannot.
 
-    .. math:: L = \tfrac1{B_s} \sum_i H(y_i^s, C(G(x_i^s))) + w \, L_d\big( D(R_\lambda(G(x^s))), D(R_\lambda(G(x^t))) \big)
+    .. math:: L = \tfrac1{B_s} \sum_i H(y_i^s, C(G(x_i^s)))
+        + w \, L_d\big( D(R_\lambda(G(x^s))), D(R_\lambda(G(x^t))) \big)
 
     :math:`R_\lambda` is the identity forward and multiplies the gradient by :math:`-\lambda` backward, so that the one
     optimizer lets the discriminator D minimise the domain loss and the features G maximise it. The gradient of D does
@@ -36,10 +37,10 @@ class DANN(Method):
         ramp_steps: optimizer steps from p = 0 to p = 1; ``None`` is the whole run, as in the paper. TLlib's schedule is
             10,000 whatever the length of the run; from there on it stays at 1, where λ = 0.9999.
         max_reversal: the value that λ approaches.
-        forward_pass: ``"joint"`` sends both domains through the network in one batch, as the paper and TLlib do, so that
-            BatchNorm normalises them together; ``"split"`` normalises each by its own statistics, which aligns the first
-            two moments by itself, and leaves the target's in the running averages with equal weight. The same for
-            networks without BatchNorm. The discriminator always sees both in one batch.
+        forward_pass: ``"joint"`` sends both domains through the network in one batch, as the paper and TLlib do, so
+            that BatchNorm normalises them together; ``"split"`` normalises each by its own statistics, which aligns the
+            first two moments by itself, and mixes both into the running averages. The same for networks without
+            BatchNorm. The discriminator always sees both in one batch.
         **kwargs: see :class:`~zoo.core.method.Method`. TLlib learns a pretrained backbone at a tenth of the rate:
             ``lr_multipliers={"network.backbone": 0.1}``.
 

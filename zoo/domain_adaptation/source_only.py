@@ -1,6 +1,5 @@
 """The baseline of domain adaptation: learn on the source, ignore the target."""
 
-
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

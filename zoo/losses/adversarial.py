@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,4 +33,4 @@ def domain_accuracy(source: Tensor, target: Tensor) -> Tensor:
 def _mean_softplus(logits: Tensor) -> Tensor:
     """-log σ(-x) = softplus(x), in at least 32 bits."""
     logits = logits.float() if logits.element_size() < 4 else logits
-    return F.softplus(logits).sum() / max(logits.numel(), 1) if logits.numel() else torch.zeros_like(logits).sum()
+    return F.softplus(logits).sum() / max(logits.numel(), 1)
