@@ -116,7 +116,7 @@ def test_blobs_are_seeded_and_balanced():
 
 def test_find_source_suggests():
     assert isinstance(find_source("Blobs", samples=9), Blobs)
-    with pytest.raises(ValueError, match="unknown source 'FashionMnist'. Did you mean 'FashionMNIST'?"):
+    with pytest.raises(ValueError, match=r"unknown source 'FashionMnist'. Did you mean 'FashionMNIST'\?"):
         find_source("FashionMnist")
 
 
@@ -166,7 +166,7 @@ def test_a_failed_download_says_why(tmp_path, monkeypatch):
         raise OSError("no route to host") if download else RuntimeError("Dataset not found")
 
     monkeypatch.setattr(datasets, "CIFAR10", offline)
-    with pytest.raises(MissingData, match="the download failed .OSError: no route to host"):
+    with pytest.raises(MissingData, match=r"the download failed .OSError: no route to host"):
         CIFAR10(str(tmp_path)).prepare()
 
 
@@ -298,7 +298,7 @@ def test_unreadable_images_are_named_or_passed_over(tree):
     with pytest.raises(ValueError, match=r"cannot read the image '.*zz.jpg'"):
         ImageFolder(str(tree), size=8).train()[[3]]
     source = ImageFolder(str(tree), size=8, skip_broken=True)
-    with pytest.warns(UserWarning, match="passing over the unreadable image '.*zz.jpg'"):
+    with pytest.warns(UserWarning, match=r"passing over the unreadable image '.*zz.jpg'"):
         source.prepare()
     assert len(source.train()) == 6
 
