@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import callbacks
 import zoo
 from datamodules.base import Data
 from zoo import catalog, run_folder
@@ -214,10 +215,10 @@ class ZooCLI(LightningCLI):
 
     def _default_callbacks(self, named: list[Callback], config: dict[str, Any]) -> Iterator[Callback]:
         """The callbacks of every run, where the config names none of that class."""
-        package = importlib.import_module("callbacks")
-        for name in DEFAULT_CALLBACKS:
-            kind = getattr(package, name, None)
-            if kind is not None and not any(isinstance(callback, kind) for callback in named):
+        names = [*DEFAULT_CALLBACKS, "PredictionWriter"] if self.subcommand == "predict" else DEFAULT_CALLBACKS
+        for name in names:
+            kind = getattr(callbacks, name)
+            if not any(isinstance(callback, kind) for callback in named):
                 yield kind()
         keeps = config.get("enable_checkpointing") is not False and self.subcommand == "fit"
         if keeps and not any(isinstance(callback, Checkpoint) for callback in named):
@@ -225,18 +226,6 @@ class ZooCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in named):
             # A file or a pipe gets few lines instead of thousands.
             yield _Bar(refresh_rate=20 if sys.stderr.isatty() else 0)
-
-    def predict(self, **kwargs: Any) -> None:
-        """Predict and write ``predictions.pt``: each key of :meth:`Method.predict_step`, all batches in a row."""
-        batches = self.trainer.predict(**kwargs) or []
-        batches = [batch for item in batches for batch in (item if isinstance(item, list) else [item])]
-        if not batches or self.folder is None:
-            return
-        merged = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}  # type: ignore[index, call-overload]
-        rank = "" if self.trainer.world_size == 1 else f"-rank{self.trainer.global_rank}"
-        target = self.folder / f"predictions{rank}.pt"
-        torch.save(merged, target)
-        _say(f"{len(next(iter(merged.values())))} predictions in {target}")
 
 
 # --- checkpoints on the command line ----------------------------------------------------------------------------------
@@ -329,7 +318,7 @@ def _quiet() -> None:
 def import_all() -> None:
     """Import what short names may mean: every method, source, regime and callback."""
     zoo._import_methods()
-    for name in ("datamodules", "datamodules.sources", "callbacks", "zoo.core.network", "zoo.core.schedules"):
+    for name in ("datamodules", "datamodules.sources", "zoo.core.network", "zoo.core.schedules", "zoo.policies"):
         importlib.import_module(name)
 
 
