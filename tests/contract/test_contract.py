@@ -53,6 +53,17 @@ class Poison(Callback):
                     role[key].copy_(role[key].roll(1, 0).flip(-1) * 0 + 1)
 
 
+class SaveAt(Callback):
+    """Saves in the middle of an epoch, as a job that is about to be killed would have."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx + 1 == self.step:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
 @pytest.fixture(params=CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs"))[:-5])
 def config(request, tiny_overrides) -> list[str]:
     return ["-c", str(request.param), *tiny_overrides(request.param)]
@@ -98,7 +109,7 @@ def test_trains_averages_and_reloads(config, tmp_path) -> None:
     unused = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, f"no gradient, so plain ddp would fail: {unused}"
 
-    for teacher, student in method.teacher_pairs():
+    for teacher, student in method.teacher_pairs:
         assert int(teacher.updates) == 2, "the average moves once per optimizer step"
         theirs = {p.data_ptr() for p in student.state_dict().values() if p.numel()}
         assert not theirs & {p.data_ptr() for p in teacher.module.state_dict().values() if p.numel()}
@@ -118,9 +129,7 @@ def test_trains_averages_and_reloads(config, tmp_path) -> None:
 
 
 def test_resumes_exactly(config, tmp_path) -> None:
-    whole, _ = fit(config, tmp_path / "whole", 4)
-    _, t = fit(config, tmp_path / "half", 2)
-    t.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    whole, _ = fit(config, tmp_path / "whole", 4, SaveAt(2, tmp_path / "half.ckpt"))
     resumed, _ = fit(config, tmp_path / "rest", 4, ckpt=tmp_path / "half.ckpt")
     same(whole, resumed)
 

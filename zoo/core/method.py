@@ -81,6 +81,7 @@ class Method(Persistent, Evaluated):
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
 
+    @property
     def teacher_pairs(self) -> Iterator[tuple[EMA, nn.Module]]:
         """Each average with the student that it follows."""
         if isinstance(teacher := getattr(self, "teacher", None), EMA):
@@ -89,7 +90,7 @@ class Method(Persistent, Evaluated):
     @property
     def predictor(self) -> nn.Module:
         """The network that is evaluated and that predicts: the average where the method keeps one."""
-        return next((teacher for teacher, _ in self.teacher_pairs()), self.network)
+        return next((teacher for teacher, _ in self.teacher_pairs), self.network)
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, C) of the :attr:`predictor`. Inference, always."""
@@ -121,7 +122,7 @@ class Method(Persistent, Evaluated):
 
         One ``self.log`` costs as much as a small step, so the gate comes first; nothing synchronises with the device.
         """
-        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
+        if self._trainer and self.trainer.training and self.trainer._logger_connector.should_update_logs:
             self.log_dict({f"train/{k}": v.detach() for k, v in values.items()}, batch_size=1)
 
     def configure_optimizers(self) -> Any:
