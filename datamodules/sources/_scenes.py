@@ -56,7 +56,7 @@ def textures(count: int, size: int, stream: torch.Generator) -> Tensor:
 
 
 def _place(digit: Tensor, centre: Tensor, side: Tensor, size: int) -> Tensor:
-    """Scale 28 × 28 digits (n, 1, 28, 28) so that their ink box has ``side`` and lies at ``centre`` (x, y), in pixels."""
+    """Scale 28 × 28 digits (n, 1, 28, 28) to an ink box of ``side`` pixels around ``centre`` (x, y)."""
     width = side * (digit.shape[-1] / _INK)  # of the whole 28 × 28 picture
     theta = torch.zeros(len(digit), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = size / width
