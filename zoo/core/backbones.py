@@ -34,6 +34,7 @@ class Backbone(nn.Module):
             library has a layer behind the pooling (MobileNetV3, VGG, the projection of CLIP).
         in_channels: channels of the image; ``None`` for text.
         image_size: height and width, where only one size is possible.
+        patch_size: what height and width must be multiples of, where that is so.
         classifier_names: modules of the library's own classifier, left out here.
         ignored_prefixes: entries of the library's state dicts that this network has no use for.
         outer_prefix: where the network sits inside the library's larger one.
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
     num_dense_features: int
     in_channels: int | None = 3
     image_size: tuple[int, int] | None = None
+    patch_size: tuple[int, int] | None = None
     classifier_names: tuple[str, ...] = ()
     ignored_prefixes: tuple[str, ...] = ()
     outer_prefix: str = ""
@@ -91,8 +93,11 @@ class TimmBackbone(Backbone):
         self.channels_first = getattr(model, "output_fmt", "NCHW") != "NHWC"
         self.prefix_tokens = getattr(model, "num_prefix_tokens", 0)
         patches: Any = getattr(model, "patch_embed", None)
-        if getattr(patches, "strict_img_size", False) and patches.img_size is not None:
-            self.image_size = patches.img_size
+        if getattr(patches, "img_size", None) is not None:
+            if getattr(patches, "strict_img_size", False):
+                self.image_size = patches.img_size
+            elif not getattr(patches, "dynamic_img_pad", True):
+                self.patch_size = patches.patch_size
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, D)."""

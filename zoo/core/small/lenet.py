@@ -20,14 +20,14 @@ class Layer(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, padding: int, norm: bool, pool: bool) -> None:
         super().__init__()
-        self.kernel, self.padding = kernel, padding
+        self.smallest = kernel - 2 * padding + pool  # what leaves one position
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=not norm)
         self.norm = nn.BatchNorm2d(outputs) if norm else nn.Identity()
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map to map; a map smaller than the kernel is padded with zeros to its size."""
-        height, width = (max(0, self.kernel - 2 * self.padding - size) for size in x.shape[-2:])
+        """Map to map; a map too small for a single position is padded with zeros."""
+        height, width = (max(0, self.smallest - size) for size in x.shape[-2:])
         if height or width:
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
         return self.pool(F.relu(self.norm(self.conv(x))))
