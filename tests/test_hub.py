@@ -71,6 +71,17 @@ def test_overrides_replace_recorded_arguments(saved):
     assert zoo.load(folder, unlabeled_weight=2.0).unlabeled_weight == 2.0
 
 
+def test_what_was_loaded_can_be_saved_again(saved, tmp_path):
+    method, folder = saved
+    loaded = zoo.load(folder, momentum=0.5)
+    hub.save_pretrained(loaded, tmp_path / "again")
+    again = zoo.load(tmp_path / "again")
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(again(x), method(x))
+    assert (again.momentum, again.unlabeled_weight) == (0.5, 0.5)
+    assert "unrecorded" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
 def test_unrecorded_arguments_are_asked_for_and_taken(tmp_path):
     method = make(network=lambda classes: network(classes))
     hub.save_pretrained(method, tmp_path)

@@ -198,7 +198,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         raise WeightsError(f"{path} is no checkpoint of this zoo: it lacks a state_dict or the class that wrote it")
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     arguments = {key: value for key, value in recorded.items() if not str(key).startswith("_")}
-    return tensors, {"class_path": recorded["_class_path"], "init_args": arguments}
+    unrecorded = content.get("unrecorded")
+    return tensors, {"class_path": recorded["_class_path"], "init_args": arguments, "unrecorded": unrecorded}
 
 
 # --- what a configuration may name -----------------------------------------------------------------------------------
@@ -302,6 +303,8 @@ def _instantiate(config: Mapping[str, Any], overrides: Mapping[str, Any], where:
     from lightning.pytorch.cli import instantiate_module
 
     from zoo.core.method import Method
+    from zoo.core.persistence import Persistent
+    from zoo.core.recording import describable, describe
 
     class_path, arguments = config.get("class_path"), config.get("init_args") or {}
     if not isinstance(class_path, str) or not isinstance(arguments, Mapping):
@@ -314,6 +317,11 @@ def _instantiate(config: Mapping[str, Any], overrides: Mapping[str, Any], where:
         raise WeightsError(f"{where}: {class_path!r} is not a method of this zoo, nor one that you have imported")
     try:
         module = instantiate_module(Method, {**arguments, **overrides, "_class_path": class_path})
+        given = {key: describe(value) for key, value in overrides.items() if describable(value)}
+        Persistent.on_load_checkpoint(  # what a parser has built is described by what it was given
+            module, {module.CHECKPOINT_HYPER_PARAMS_KEY: {**arguments, **given}}
+        )
+        module.unrecorded = tuple(key for key in overrides if key not in given)  # the rest are defaults
         module.configure_model()
         return module
     except Exception as error:  # the parser's own and the constructors'
@@ -346,12 +354,12 @@ def save_pretrained(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        config = {
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             **module.config,
             "sha256": _digest(directory / WEIGHTS),
         }
-        if unrecorded := list(getattr(module, "unrecorded", ())):
+        if unrecorded := [name for name in module.unrecorded if name not in config["init_args"]]:
             config["unrecorded"] = unrecorded
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
