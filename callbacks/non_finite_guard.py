@@ -50,9 +50,9 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"NonFiniteGuard: every_n_steps={every_n_steps} must be at least 1, or None")
         self.every_n_steps = every_n_steps
         self.gradients = gradients
-        self._first: Tensor | None = None  # position in `_recent` of the first bad batch, -1 for none
-        self._recent: list[tuple[int, int, dict[str, Tensor]]] = []  # batches since the last reading
-        self._last: tuple[int, int, dict[str, Tensor]] | None = None  # the newest of them, also after a reading
+        self._first: Tensor | None = None  # number of the first bad batch, -1 for none
+        self._number = -1  # of the batch in work, counted from the start of this process
+        self._recent: dict[int, tuple[int, int, dict[str, Tensor]]] = {}  # by number, those since the last reading
         self._good: set[Path] = set()
         self._error: NonFiniteLoss | None = None
         self._watching = False
@@ -60,14 +60,17 @@ class NonFiniteGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a clean flag."""
         self._first = torch.full((), -1, dtype=torch.long, device=trainer.strategy.root_device)
-        self._recent, self._good, self._error, self._watching = [], set(), None, True
-        self._last = None
+        self._recent, self._good, self._error, self._watching, self._number = {}, set(), None, True, -1
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which samples come, as tensors where they are."""
-        self._last = (trainer.global_step, batch_idx, _indices(batch))
-        self._recent.append(self._last)
+        self._number += 1
+        self._recent[self._number] = (trainer.global_step, batch_idx, _indices(batch))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Fold the loss in."""
+        self._note(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -81,14 +84,11 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fold the loss in; read when it is time, or when a checkpoint callback is about to save."""
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            self._note(loss.detach())
+        """Read when it is time, or when a checkpoint callback is about to save."""
         every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         if any(_saves_now(callback, trainer.global_step) for callback in trainer.checkpoint_callbacks):
             self._read(trainer, pl_module)
-        elif len(self._recent) >= every:
+        elif (self._number + 1) % every == 0:
             self._read(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,13 +114,13 @@ class NonFiniteGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the run's tensors go."""
-        self._first, self._recent, self._last, self._watching = None, [], None, False
+        self._first, self._recent, self._watching = None, {}, False
 
     def _note(self, value: Tensor) -> None:
         assert self._first is not None
         # All on the device: no value is known here.
         bad = ~torch.isfinite(value).all() & (self._first < 0)
-        self._first = torch.where(bad, len(self._recent) - 1, self._first)
+        self._first = torch.where(bad, self._number, self._first)
 
     def _read(self, trainer: Trainer, module: LightningModule | None = None) -> None:
         """Wait for the device, agree with the other ranks, and raise or start anew."""
@@ -129,11 +129,12 @@ class NonFiniteGuard(Callback):
         what = "the loss" + (" or a gradient" if self.gradients else "")
         if first < 0 and module is not None and not _weights_are_finite(module):
             # The losses so far were finite, so it was the newest step that broke the weights.
-            self._recent, first, what = [self._last or (trainer.global_step, -1, {})], 0, "a weight"
+            first, what = max(self._number, 0), "a weight"
         if trainer.strategy.reduce_boolean_decision(first >= 0, all=False):
             self._error = self._explain(trainer, first, what)
             raise self._error
-        self._recent.clear()
+        # The newest stays: a save may still find that its step broke the weights.
+        self._recent = {number: note for number, note in self._recent.items() if number == self._number}
         self._remember_checkpoints(trainer)
 
     def _remember_checkpoints(self, trainer: Trainer) -> None:
@@ -144,7 +145,7 @@ class NonFiniteGuard(Callback):
     def _explain(self, trainer: Trainer, first: int, what: str) -> NonFiniteLoss:
         own: Any = None
         if first >= 0:
-            step, batch_idx, tensors = self._recent[first]
+            step, batch_idx, tensors = self._recent.get(first, (trainer.global_step, -1, {}))
             indices = {role: index.flatten().tolist() for role, index in tensors.items()}
             own = (trainer.global_rank, what, step, batch_idx, indices)
         found = [own]

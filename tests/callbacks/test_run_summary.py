@@ -1,0 +1,147 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks import EMATeacher, RunSummary, Throughput
+from callbacks.picture import read_curves
+from callbacks.run_summary import Counts
+from zoo.core.errors import UserError
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def logger(folder):
+    return CSVLogger(folder, name="", version="")
+
+
+def test_counts_by_hand() -> None:
+    counts = Counts(2, bins=4)
+    logits = torch.tensor([0.9, 0.6, 0.2, 0.55, 0.9]).logit()
+    logits = torch.stack([logits, torch.zeros(5)], dim=1)  # p(class 0) as given
+    counts.update(logits[:2], torch.tensor([0, 1]))
+    counts.update(logits[2:], torch.tensor([1, 0, -1]))  # the last has no label
+    assert counts.confusion.tolist() == [[2, 0], [1, 1]]
+    assert counts.number.tolist() == [0, 0, 2, 2]
+    assert counts.right.tolist() == [0, 0, 1, 2]
+    # |1 - (0.6 + 0.55)| and |2 - (0.9 + 0.8)|, over four samples
+    assert counts.calibration_error == pytest.approx((0.15 + 0.3) / 4, abs=1e-6)
+    assert counts.accuracy == 0.75
+
+
+def test_counts_agree_with_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+    logits, label = 2 * torch.randn(500, 7), torch.randint(7, (500,))
+    counts = Counts(7)
+    for part in range(0, 500, 100):
+        counts.update(logits[part : part + 100], label[part : part + 100])
+    assert torch.equal(counts.confusion, multiclass_confusion_matrix(logits, label, 7))
+    expected = multiclass_calibration_error(logits.softmax(1), label, 7, n_bins=15)
+    assert counts.calibration_error == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_file_table_and_picture(method, points, trainer, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "best", monitor="val/accuracy", mode="max", save_last=True)
+    model, summary = method("averaged"), RunSummary(test_after_fit=True)
+    trained = trainer(
+        EMATeacher(),
+        Throughput(),
+        summary,
+        saver,
+        max_epochs=3,
+        logger=logger(tmp_path),
+        log_every_n_steps=2,
+        enable_checkpointing=True,
+    )
+    trained.fit(model, points())
+    found = read(tmp_path)
+    metrics = found["metrics"]
+    assert metrics["test/accuracy"] == metrics["val/accuracy"] == pytest.approx(summary.counts.accuracy)  # equal sets
+    assert metrics["best/val/accuracy"] >= metrics["val/accuracy"]
+    assert {"train/loss", "train/supervised"} <= set(metrics)
+    assert found["best"]["val/accuracy"]["step"] in (6, 12, 18)
+    assert (found["steps"], found["epochs"], found["seed"], found["method"]) == (18, 3, 7, "Averaged")
+    assert found["data"] == "Points"
+    assert found["throughput"]["images"] == 68
+    assert found["environment"]["torch"] == torch.__version__.split("+")[0] or found["environment"]["torch"]
+    assert int(summary.counts.confusion.sum()) == 24
+    assert (tmp_path / "summary.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    shown = capsys.readouterr().out
+    for text in ("test/accuracy", "images/s", "waiting for data", "metrics.json", "summary.png"):
+        assert text in shown
+    assert "zoo test --config config.yaml --ckpt_path checkpoints/last.ckpt" in shown
+    assert model.trainer is trained
+    assert not model._forward_hooks
+
+
+def test_a_test_adds_to_the_file(method, points, trainer, tmp_path) -> None:
+    model = method()
+    trainer(RunSummary()).fit(model, points())
+    fitted = read(tmp_path)
+    trainer(RunSummary()).test(model, points(), verbose=False)
+    tested = read(tmp_path)
+    assert tested["metrics"] == {**fitted["metrics"], "test/accuracy": tested["metrics"]["test/accuracy"]}
+    assert tested["seed"] == fitted["seed"]
+    assert set(tested["duration_seconds"]) == {"fit", "test"}
+
+
+def test_the_best_is_the_largest_accuracy_and_survives_a_resume(method, points, trainer, tmp_path) -> None:
+    class Script(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            epoch = trainer.current_epoch
+            pl_module.log("val/score", [0.5, 0.9, 0.7][epoch])
+            pl_module.log("val/loss", [0.5, 0.9, 0.3][epoch])
+
+    first = trainer(Script(), RunSummary(picture=False, table=False), max_epochs=2)
+    first.fit(method(), points())
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    summary = RunSummary(picture=False, table=False)
+    trainer(Script(), summary, max_epochs=3).fit(method(), points(), ckpt_path=tmp_path / "two.ckpt")
+    assert summary.best["val/score"] == {"value": pytest.approx(0.9), "step": 12, "epoch": 1}
+    assert summary.best["val/loss"] == {"value": pytest.approx(0.3), "step": 18, "epoch": 2}
+    assert read(tmp_path)["metrics"]["val/score"] == pytest.approx(0.7)
+    assert not (tmp_path / "summary.png").exists()
+
+
+def test_another_run_beside_this_one(method, points, trainer, tmp_path, capsys) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"metrics": {"val/accuracy": 0.125, "best/val/accuracy": 0.2}}))
+    trainer(RunSummary(baseline=str(other))).fit(method(), points())
+    assert read(tmp_path)["metrics"]["baseline/val/accuracy"] == 0.125
+    assert "0.1250" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"RunSummary: baseline='nowhere.json'"):
+        trainer(RunSummary(baseline="nowhere.json")).fit(method(), points())
+
+
+def test_two_processes_count_every_sample(method, points, trainer, tmp_path, two_ranks) -> None:
+    class Save(Callback):
+        def on_fit_end(self, trainer, pl_module) -> None:
+            torch.save(summary.counts.confusion, tmp_path / f"{trainer.global_rank}.pt")
+
+    summary = RunSummary(table=False)
+    trainer(summary, Save(), logger=logger(tmp_path), **two_ranks).fit(method(), points())
+    assert [int(torch.load(tmp_path / f"{rank}.pt").sum()) for rank in range(2)] == [24, 24]
+    assert read(tmp_path)["world_size"] == 2
+    assert (tmp_path / "summary.png").is_file()
+
+
+def test_curves_skip_gaps_and_torn_rows(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss,val/accuracy\n0,1,0.5,\n0,3,,0.25\n0,5,0.125,\n1,7,0.")
+    assert read_curves(path)["train/loss"] == ([1, 5, 7], [0.5, 0.125, 0.0])
+    assert read_curves(path)["val/accuracy"] == ([3], [0.25])
+    assert read_curves(tmp_path / "none.csv") == {}
+
+
+def test_nothing_is_written_by_a_dry_run(method, points, trainer, tmp_path) -> None:
+    trainer(RunSummary(), fast_dev_run=True).fit(method(), points())
+    assert list(tmp_path.iterdir()) == []
