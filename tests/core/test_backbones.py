@@ -307,6 +307,15 @@ def test_weights_that_cannot_be_had(offline, name, weights, message):
         create_backbone(name, weights)
 
 
+def test_random_networks_never_ask_for_a_name(monkeypatch, bert):
+    from zoo.core import weights
+
+    monkeypatch.setattr(weights.socket, "getaddrinfo", None)
+    for name in ("tiny_cnn", "torchvision:resnet18", f"hf:{bert[0]}"):
+        create_backbone(name)
+    create_backbone(f"hf:{bert[0]}", "pretrained")
+
+
 def test_torchvision_offline(monkeypatch):
     from torchvision.models import _api
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -360,7 +361,7 @@ def timm_backbone(name: str, own: bool, in_channels: int, size: int | None, argu
         if size is not None and config is not None and config.fixed_input_size:
             arguments = {"img_size": size, **arguments}
     try:
-        with offline_if_unreachable():
+        with offline_if_unreachable(own or remote):
             model = timm.create_model(name, pretrained=own, in_chans=in_channels, num_classes=0, **arguments)
     except OSError as error:
         if own or remote:
@@ -423,7 +424,7 @@ def open_clip_backbone(
     if size is not None:
         arguments = {"force_image_size": size, **arguments}
     try:
-        with offline_if_unreachable():
+        with offline_if_unreachable(own):
             wanted = (tag or tags[0]) if own else None
             model = open_clip.create_model(model_name, pretrained=wanted, pretrained_text=False, **arguments)
     except (OSError, RuntimeError) as error:
@@ -439,7 +440,7 @@ def transformers_backbone(name: str, own: bool, arguments: dict[str, Any]) -> Tr
 
     pooling = arguments.pop("pooling", "mean")
     try:
-        with offline_if_unreachable():
+        with offline_if_unreachable(not Path(name).is_dir()):
             if own:
                 model = AutoModel.from_pretrained(name, trust_remote_code=False, **arguments)
             else:

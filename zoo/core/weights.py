@@ -169,11 +169,17 @@ def download(address: str) -> Path:
 
 
 @contextmanager
-def offline_if_unreachable() -> Iterator[None]:
+def offline_if_unreachable(needed: bool = True) -> Iterator[None]:
     """Put the hub's client into offline mode while the hub's name does not resolve.
 
     Left alone it tries each file for half a minute; in offline mode it goes to its cache at once.
+
+    Args:
+        needed: whether the hub will be asked at all; nothing happens otherwise.
     """
+    if not needed:
+        yield
+        return
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
