@@ -80,7 +80,9 @@ def test_numbers_that_cannot_be(arguments, message):
 
 
 def test_written_and_read_again(tmp_path):
-    split = Split({"labeled": torch.tensor([1, 4]), "val": torch.tensor([], dtype=torch.int64)}, 10, 3, "Blobs", {"a": "b"})
+    split = Split(
+        {"labeled": torch.tensor([1, 4]), "val": torch.tensor([], dtype=torch.int64)}, 10, 3, "Blobs", {"a": "b"}
+    )
     again = Split.load(split.save(tmp_path / "deep" / "split.json"))
     assert {name: part.tolist() for name, part in again.parts.items()} == {"labeled": [1, 4], "val": []}
     assert (again.size, again.seed, again.source, again.note) == (10, 3, "Blobs", {"a": "b"})

@@ -289,7 +289,7 @@ def test_image_folder_missing_prints_the_tree(tmp_path):
 
 def test_a_test_folder_may_not_have_other_classes(tree):
     picture(tree / "test" / "cow" / "1.png")
-    with pytest.raises(ValueError, match="class folders that .* has not: cow"):
+    with pytest.raises(ValueError, match=r"class folders that .* has not: cow"):
         ImageFolder(str(tree), size=8).prepare()
 
 
