@@ -38,7 +38,7 @@ def method(cls: type = DANN, strength: float | None = None, **arguments):
         made._trainer = SimpleNamespace(
             global_step=10**9,
             estimated_stepping_batches=10**9,
-            _logger_connector=SimpleNamespace(should_update_logs=False),
+            training=False,
         )
         made.max_reversal = strength / (2 / (1 + math.exp(-10)) - 1)
     return made

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.errors import UserError
+from zoo.core.fingerprints import fingerprint
 
 
 class OutputCache:
@@ -66,15 +67,3 @@ class OutputCache:
 def _longer(x: Tensor, rows: int) -> Tensor:
     """The same rows, followed by zeros."""
     return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-
-
-def fingerprint(images: Tensor) -> Tensor:
-    """A 64-bit number (B,) for each image: a random linear map of its bits modulo 2^64, so exact in any order.
-
-    Args:
-        images: (B, ...), floating point or integers.
-    """
-    bits = images.float().flatten(1).contiguous().view(torch.int32).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(bits.device) * 2 + 1
-    return (bits * factors).sum(dim=1)
