@@ -141,9 +141,11 @@ class _Part(LightningDataModule):
         self.data.trainer = self.trainer
         self.data.setup(stage)
 
-    def train_dataloader(self) -> CombinedLoader:
+    def train_dataloader(self) -> Any:
         loaders = self.data.train_dataloader()
         parts = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+        if not isinstance(parts, dict):  # one loader whose batches hold every role
+            return loaders
         missing = [role for role in self.roles if role not in parts]
         if missing:
             raise UserError(

@@ -37,9 +37,7 @@ class Plain(Method):
         return self.report(supervised=loss)
 
     def baseline(self):
-        return Plain(
-            network=self.network_recipe, num_classes=self.num_classes, optimizer=self.optimizer_recipe
-        )
+        return Plain(network=self.network_recipe, num_classes=self.num_classes, optimizer=self.optimizer_recipe)
 
 
 class Averaged(Plain):

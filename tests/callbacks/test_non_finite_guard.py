@@ -95,13 +95,17 @@ def test_a_good_run_can_be_saved_later(method, points, trainer, tmp_path) -> Non
 
 
 def test_all_ranks_stop_together(method, points, trainer, tmp_path, two_ranks) -> None:
-    class Record(Callback):
-        def on_exception(self, trainer, pl_module, exception) -> None:
-            (tmp_path / f"{trainer.global_rank}.txt").write_text(str(exception))
-            trainer.strategy.barrier()  # the first process to end has the others killed
+    class Recording(NonFiniteGuard):
+        def _read(self, trainer, module=None) -> None:
+            try:
+                super()._read(trainer, module)
+            except NonFiniteLoss as error:
+                (tmp_path / f"{trainer.global_rank}.txt").write_text(str(error))
+                trainer.strategy.barrier()  # the first process to end has the others killed
+                raise
 
     with pytest.raises(Exception, match="NonFiniteLoss"):
-        trainer(NonFiniteGuard(2), Record(), **two_ranks).fit(poisoned(method, 109), points(8 * 6))
+        trainer(Recording(2), **two_ranks).fit(poisoned(method, 109), points(8 * 6))
     texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     assert all("109" in text for text in texts)
     assert all("on rank" in text for text in texts)
