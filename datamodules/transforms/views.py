@@ -69,9 +69,15 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
-def _pixels(amount: float, side: int) -> int:
+def _pixels(amount: int | float, side: int) -> int:
     """An int is a number of pixels, a float a share of the side."""
     return amount if isinstance(amount, int) else round(amount * side)
+
+
+def _check_amount(view: nn.Module, name: str, amount: int | float) -> None:
+    if amount < 0 or (isinstance(amount, float) and amount > 1):
+        allowed = "a number of pixels (int, at least 0) or a share of the side (float in [0, 1])"
+        raise ValueError(f"{type(view).__name__}: {name}={amount}, but it is {allowed}")
 
 
 def _check_images(view: nn.Module, images: Tensor) -> None:
@@ -203,13 +209,12 @@ class Weak(View):
     """
 
     def __init__(
-        self, flip: bool = True, crop_padding: float = 4, padding: Literal["reflect", "black"] = "reflect"
+        self, flip: bool = True, crop_padding: int | float = 4, padding: Literal["reflect", "black"] = "reflect"
     ) -> None:
         super().__init__()
         if padding not in ("reflect", "black"):
             raise ValueError(f"{type(self).__name__}: padding={padding!r}, but it is 'reflect' or 'black'")
-        if crop_padding < 0:
-            raise ValueError(f"{type(self).__name__}: crop_padding={crop_padding}, but it is at least 0")
+        _check_amount(self, "crop_padding", crop_padding)
         self.flip = flip
         self.crop_padding = crop_padding
         self.padding = padding
@@ -248,7 +253,7 @@ class Weak(View):
 @dataclass(frozen=True)
 class _WeakPerSample:
     flip: bool
-    crop_padding: float
+    crop_padding: int | float
     padding: str
 
     def move(self, image: Any) -> Any:
@@ -315,10 +320,10 @@ class Strong(Weak):
         magnitude: float = 10,
         ops: str | Sequence[str] = "photos",
         probability: float = 0.5,
-        cutout: float = 0.5,
+        cutout: int | float = 0.5,
         cutout_fill: int = 127,
         flip: bool = True,
-        crop_padding: float = 4,
+        crop_padding: int | float = 4,
         padding: Literal["reflect", "black"] = "reflect",
     ) -> None:
         super().__init__(flip, crop_padding, padding)
@@ -328,8 +333,7 @@ class Strong(Weak):
             raise ValueError(f"Strong: magnitude={magnitude}, but it is in [0, 10]")
         if not 0 <= probability <= 1:
             raise ValueError(f"Strong: probability={probability}, but it is in [0, 1]")
-        if cutout < 0:
-            raise ValueError(f"Strong: cutout={cutout}, but it is at least 0")
+        _check_amount(self, "cutout", cutout)
         if not 0 <= cutout_fill <= 255:
             raise ValueError(f"Strong: cutout_fill={cutout_fill}, but it is in [0, 255]")
         self.num_ops = num_ops

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from datamodules.transforms import (
@@ -16,6 +17,7 @@ from datamodules.transforms import (
     Identity,
     Normalize,
     Strong,
+    View,
     Weak,
 )
 from datamodules.transforms import views as module
@@ -227,6 +229,15 @@ def test_per_sample_has_the_same_meaning():
     assert (batched_counts - single_counts).abs().max() < 90  # 222 each, standard deviation 21 of the difference
 
 
+def test_yaml_keeps_pixels_and_shares_apart():
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(View, "view")
+    for text, pixels in (("4", 4), ("0.25", 8)):
+        read = parser.parse_args(["--view=datamodules.transforms.Weak", f"--view.crop_padding={text}"])
+        view = parser.instantiate_classes(read).view
+        assert view.draw_weak(2000, 32, 32).rows.max() == pixels
+
+
 def test_errors_name_the_value():
     with pytest.raises(ValueError, match="Did you mean 'digits'"):
         Strong(ops="digit")
@@ -242,6 +253,10 @@ def test_errors_name_the_value():
         Strong(num_ops=-1)
     with pytest.raises(ValueError, match="crop_padding=8"):
         Weak(crop_padding=8)(noise(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"crop_padding=4\.0, but it is a number of pixels"):
+        Weak(crop_padding=4.0)
+    with pytest.raises(ValueError, match="cutout=-1"):
+        Strong(cutout=-1)
     with pytest.raises(ValueError, match="padding='edge'"):
         Weak(padding="edge")
     with pytest.raises(TypeError, match="uint8"):
