@@ -2,6 +2,7 @@
 
 from datamodules.base import Data, find_source
 from datamodules.domains import DomainData
+from datamodules.segmentation import SegmentationData
 from datamodules.semi_supervised import SemiSupervisedData
 from datamodules.sources import (
     CIFAR10,
@@ -18,6 +19,7 @@ from datamodules.sources import (
     Optdigits,
     Source,
 )
+from datamodules.sources.digit_scenes import DigitScenes
 from datamodules.supervised import SupervisedData
 from datamodules.weak_labels import WeakLabelData
 
@@ -29,6 +31,7 @@ __all__ = [
     "ArraySource",
     "Blobs",
     "Data",
+    "DigitScenes",
     "DomainData",
     "FashionMNIST",
     "FileList",
@@ -36,6 +39,7 @@ __all__ = [
     "MNIST5k",
     "MissingData",
     "Optdigits",
+    "SegmentationData",
     "SemiSupervisedData",
     "Source",
     "SupervisedData",

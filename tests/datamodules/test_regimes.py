@@ -199,6 +199,20 @@ def test_hidden_labels_change_nothing_but_hidden_label():
         assert equal(a, b)
 
 
+def test_hidden_target_labels_decide_nothing():
+    """Not even which target samples are held out."""
+    everything_wrong = torch.zeros(120, dtype=torch.bool)
+
+    def data(target):
+        return DomainData(Blobs(), target, batch_size=6, steps=4, val_size=0.25)
+
+    clean, poisoned = data(Blobs(seed=1)), data(PoisonedBlobs(everything_wrong, seed=1))
+    for a, b in zip(all_batches(clean), all_batches(poisoned), strict=True):
+        assert not torch.equal(a["target"].pop("hidden_label"), b["target"].pop("hidden_label"))
+        assert equal(a, b)
+    assert torch.equal(clean.split["oracle"], poisoned.split["oracle"])
+
+
 # Splits of earlier runs ----------------------------------------------------------------------------------------------
 
 
