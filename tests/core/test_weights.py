@@ -197,6 +197,18 @@ def test_load_reports_everything_and_changes_nothing():
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1)}, "1 unexpected: x"),
+        ({"bias": torch.zeros(3)}, r"1 of another shape: bias \(3,\) instead of \(2,\)"),
+    ],
+)
+def test_each_misfit_alone_is_an_error(change, message):
+    with pytest.raises(WeightsError, match=message):
+        load_into(nn.Linear(3, 2), {**layer(), **change})
+
+
 def test_load_into_the_meta_device():
     with torch.device("meta"):
         module = nn.Linear(3, 2)
@@ -218,6 +230,9 @@ def test_write_is_all_or_nothing(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file.txt"]
+    with path.open() as reader:  # who has the old file open keeps reading it
+        write_atomically(path, lambda temporary: temporary.write_text("new"))
+        assert (reader.read(), path.read_text()) == ("old", "new")
     write_atomically(path, lambda temporary: save_file(layer(), temporary))
     assert os.listdir(path.parent) == ["file.txt"]
     plain = tmp_path / "plain"
