@@ -101,6 +101,7 @@ def quiet_trainer(trainer: Trainer, **arguments: Any) -> Trainer:
             "accelerator": device.type,
             "devices": [device.index or 0] if device.type == "cuda" else 1,
             "precision": trainer.precision,
+            "limit_test_batches": trainer.limit_test_batches,
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
@@ -152,6 +153,9 @@ class _Part(LightningDataModule):
                 f"SupervisedBaseline: {type(self.data).__name__} has no role {missing[0]!r}, only {', '.join(parts)}"
             )
         return CombinedLoader({role: parts[role] for role in self.roles}, "min_size")
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader()
 
     def test_dataloader(self) -> Any:
         return self.data.test_dataloader()

@@ -18,7 +18,7 @@ def fit(method, points, trainer, *callbacks, kind="averaged", **arguments):
 
 def test_trains_and_tests_both(method, points, trainer, tmp_path, capsys) -> None:
     compared = SupervisedBaseline(max_steps=4)
-    model, trained = fit(method, points, trainer, compared, RunSummary())
+    model, _ = fit(method, points, trainer, compared, RunSummary())
     assert compared.steps == 4
     assert set(compared.results) == {"method", "baseline"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
@@ -86,7 +86,7 @@ def test_several_processes_leave_it_out(method, points, trainer, two_ranks, tmp_
             ):
                 super().setup(trainer, pl_module, stage)
 
-        def teardown(self, trainer, *_) -> None:
+        def teardown(self, trainer, pl_module, stage) -> None:
             (tmp_path / f"{trainer.global_rank}").write_text(str(self.results))
 
     fit(method, points, trainer, Checked(), **two_ranks)

@@ -62,7 +62,7 @@ def test_an_unnamed_teacher_is_refused(method, points, trainer) -> None:
     model = method("averaged")
     model.configure_model()
     model.other = EMA(model.network)
-    with pytest.raises(UserError, match="Averaged.other is an EMA"):
+    with pytest.raises(UserError, match=r"Averaged\.other is an EMA"):
         trainer(EMATeacher()).fit(model, points())
 
 
