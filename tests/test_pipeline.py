@@ -406,3 +406,39 @@ def test_the_front_door_leaves_with_two_for_a_misspelt_stage(place, capsys):
     write(place / "pipe.yaml", content)
     assert main(["pipeline", "pipe.yaml"]) == 2
     assert "Did you mean 'weak'" in capsys.readouterr().err
+
+
+def test_committed_pipelines_are_right(monkeypatch):
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    for path in (root / "configs" / "pipelines").glob("*.yaml"):
+        assert p.Pipeline.read(path).stages
+
+
+@pytest.mark.slow
+def test_a_real_pipeline_trains_tests_and_is_kept(place, monkeypatch):
+    from pathlib import Path
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    model = {"class_path": "Supervised", "init_args": {"network": {"class_path": "Network"}}}
+    model["init_args"]["network"]["init_args"] = {"backbone": "lenet", "in_channels": 1, "image_size": 28}
+    data = {"class_path": "SemiSupervisedData", "init_args": {"labels_per_class": 2, "batch_size": 4, "steps": 2}}
+    data["init_args"]["source"] = {"class_path": "Blobs", "init_args": {"size": 28}}
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    write(place / "tiny.yaml", {"model": model, "data": data, "trainer": trainer})
+    content = {
+        "seeds": [0],
+        "stages": {
+            "train": {"config": "tiny.yaml"},
+            "score": {"command": "test", "config": "tiny.yaml", "overrides": {"ckpt_path": "${train.checkpoint}"}},
+        },
+        "summary": {"error": "1 - score"},
+    }
+    summary = go(content, p._subprocess_runner, place)
+    (accuracy,) = summary["stages"]["score"]["values"]
+    assert summary["summary"]["error"]["mean"] == pytest.approx(1 - accuracy)
+    again = Runner()
+    go(content, again, place)
+    assert again.calls == []

@@ -435,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.repeats < 1:
             raise BenchmarkError(f"--repeats {options.repeats} must be at least 1")
         benchmark = Benchmark(benchmark.cases, options.repeats, benchmark.threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)  # a file has room for whole cells
     report = run(benchmark, console=console)
     _print(report, console)
     if options.json is not None:
