@@ -36,7 +36,8 @@ def test_a_new_file_is_found_without_being_registered(tmp_path):
     folder = tmp_path / "zoo" / "distillation"
     folder.mkdir(parents=True)
     card = 'card = Card(title="T", year=2024, paper="arXiv:1", family="distillation", roles=("labeled",))'
-    (folder / "new.py").write_text(f'class New(Method):\n    """Idea."""\n\n    {card}\n\nclass _Hidden(New):\n    {card}\n')
+    public = f'class New(Method):\n    """Idea."""\n\n    {card}\n'
+    (folder / "new.py").write_text(f"{public}\nclass _Hidden(New):\n    {card}\n")
     (folder / "base.py").write_text("class Base(Method):\n    pass\n")
     (folder / "_private.py").write_text(f"class Private(Method):\n    {card}\n")
     found = catalog.methods(tmp_path / "zoo")
@@ -95,7 +96,9 @@ def test_newest_checkpoints_come_first_and_belong_to_their_run(tmp_path, monkeyp
     assert catalog.run_config(tmp_path / "runs/a/checkpoints/last.ckpt") == tmp_path / "runs/a/config.yaml"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["list"], ["list", "--json"], ["show", "FixMatch"], ["fti"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["list"], ["list", "--json"], ["show", "FixMatch"], ["fti"]]
+)
 def test_front_door_imports_nothing_heavy(argv):
     code = f"""
         import sys

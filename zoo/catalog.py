@@ -158,7 +158,8 @@ def _signature(function: ast.FunctionDef, owner: str) -> Iterator[Argument]:
     spec = function.args
     positional = [*spec.posonlyargs, *spec.args]
     defaults = [None] * (len(positional) - len(spec.defaults)) + list(spec.defaults)
-    for argument, default in [*zip(positional, defaults, strict=True), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]:
+    pairs = [*zip(positional, defaults, strict=True), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
+    for argument, default in pairs:
         if argument.arg != "self":
             annotation = ast.unparse(argument.annotation) if argument.annotation else ""
             yield Argument(argument.arg, annotation, ast.unparse(default) if default is not None else None, owner)
@@ -175,7 +176,8 @@ def config_folders() -> list[Path]:
 
 
 def _names_class(text: str, name: str) -> bool:
-    return re.search(rf"^\s*(?:model:|class_path:|-\s*class_path:)\s*[\"']?(?:[\w.]+\.)?{name}\b", text, re.M) is not None
+    key = r"(?:model:|class_path:|-\s*class_path:)"
+    return re.search(rf"^\s*{key}\s*[\"']?(?:[\w.]+\.)?{name}\b", text, re.M) is not None
 
 
 def configs(name: str | None = None) -> list[Path]:

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -54,7 +55,7 @@ class _Stage(Callback):
     def __init__(self) -> None:
         self.started = False
 
-    def _start(self, *_: Any) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _start
@@ -258,7 +259,7 @@ def _no_checkpoint(subcommand: str) -> str:
 
 def _option(argv: Sequence[str], *names: str) -> list[str]:
     """Values of ``--name value`` and ``--name=value``."""
-    values = [b for a, b in zip(argv, argv[1:], strict=False) if a in names]
+    values = [value for name, value in itertools.pairwise(argv) if name in names]
     return values + [a.split("=", 1)[1] for a in argv if a.split("=", 1)[0] in names and "=" in a]
 
 

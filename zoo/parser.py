@@ -55,7 +55,7 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     """
     # What was given is repeated at length at the end of each level: only the innermost values are of interest.
     text = re.sub(r"\n *Given value(?: type)?: .*", "", message)
-    keys = [key for key in re.findall(r'Parser key "([^"]+)"', text)]
+    keys: list[str] = re.findall(r'Parser key "([^"]+)"', text)
     key = ".".join(keys)
     owners = re.findall(r"Problem with given class_path '([^']+)'", text)
 
@@ -112,7 +112,7 @@ def constructor_arguments(class_path: str) -> list[str]:
     for base in inspect.getmro(cls):
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         names.update({p.name: None for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)})
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
@@ -139,7 +139,7 @@ def _unknown_option(name: str, parser: LightningArgumentParser, dashes: str) -> 
     tops = {option.partition(".")[0] for option in known}
     top, dot, rest = bare.partition(".")
     if top in tops and dot:
-        hint = suggest(bare, [f"{dashes}{option}" for option in known]) or suggest(dashes + bare, [dashes + o for o in known])
+        hint = suggest(dashes + bare, [dashes + option for option in known])
     else:
         near = suggest(top, tops)
         hint = re.sub(r"'(.*)'", rf"'{dashes}\1{dot}{rest}'" if dashes else r"'\1'", near)
@@ -165,7 +165,8 @@ def _wrong_type(message: str, keys: list[str], owners: list[str]) -> str:
     if recipe := re.search(r"Got value: Namespace\(class_path='([^']+)'", message):
         owners = [recipe[1]]
     types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w+))", inner)
-    named = list(dict.fromkeys((a or b).replace("NoneType", "null").rpartition(".")[2] for a, b in types if (a or b) != "path"))
+    short = [(a or b).replace("NoneType", "null").rpartition(".")[2] for a, b in types]
+    named = [name for name in dict.fromkeys(short) if name != "path"]
     if not named or value is None:
         return ""
     owner = f"{owners[-1].rpartition('.')[2]}: " if owners else ""
@@ -187,7 +188,8 @@ def _names_in(module: str) -> list[str]:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for child in type.__subclasses__(cls):
+    children: list[type] = type.__subclasses__(cls)
+    for child in children:
         yield child
         yield from _subclasses(child)
 

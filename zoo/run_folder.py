@@ -91,7 +91,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write to the run folder {folder}: {error.strerror}. Choose another one with --trainer.default_root_dir"
+            f"cannot write to the run folder {folder}: {error.strerror}."
+            " Choose another one with --trainer.default_root_dir"
         ) from error
 
 

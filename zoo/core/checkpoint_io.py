@@ -16,8 +16,8 @@ from zoo.core.errors import UserError
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write beside the target, flush to the disk, then rename over it.
 
-    Lightning's own writer builds the whole file in memory first and leaves a truncated one where the disk fills up while
-    it is copied. Here the previous checkpoint stays until the new one is complete.
+    Lightning's own writer builds the whole file in memory first, as large as the model and its optimizer, and does not
+    flush it to the disk. Here the previous checkpoint stays until the new one is complete.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -116,5 +116,5 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that the last state is kept, also when training stopped within an epoch."""
-        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+        if not getattr(trainer, "fast_dev_run", False) and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
