@@ -86,8 +86,7 @@ class CAM(Method):
     @torch.no_grad()
     def seeds(self, image: Tensor) -> Tensor:
         """Activation maps (B, C, H, W), not negative and of any size, before tags are known."""
-        predictor = self.predictor
-        network = getattr(predictor, "module", predictor)
+        network: Any = getattr(self.predictor, "module", self.predictor)
         weight = getattr(network.head, "weight", None)
         if not isinstance(weight, Tensor) or not isinstance(network.head, nn.Linear):
             raise TypeError(f"CAM: the head is {type(network.head).__name__}, but maps are defined for a linear one")
