@@ -1,5 +1,6 @@
 """A FixMatch step: a bare PyTorch loop, the Trainer with our callbacks, and the parts of a step."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ class Clock(IterableDataset):
         """Microseconds: the 20th percentile stands against a busy machine, the median beside it."""
         figures = {}
         for name, stamps in (("us", self.times), ("cpu_us", self.cpu)):
-            gaps = [(b - a) * 1e6 for a, b in zip(stamps, stamps[1:], strict=False)][SKIP:]
+            gaps = [(b - a) * 1e6 for a, b in itertools.pairwise(stamps)][SKIP:]
             figures[f"{name}_per_step"] = round(percentile(gaps, 0.2), 1)
             figures[f"{name}_median"] = round(percentile(gaps, 0.5), 1)
         return figures
