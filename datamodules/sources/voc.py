@@ -67,7 +67,7 @@ class MaskedFiles(FileSamples):
 
 
 def read_mask(path: str | Path, size: int | None = None) -> Tensor:
-    """Pixel classes of a palette or grey PNG, uint8 (H, W), or the middle square resized to (size, size) by nearest pixel.
+    """Pixel classes of a palette or grey PNG, uint8 (H, W), or its middle square resized to (size, size), nearest one.
 
     Raises:
         ValueError: when the file is missing, no readable image, or a colour image.
