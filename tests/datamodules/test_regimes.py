@@ -340,7 +340,8 @@ def weak_file(folder, change=None, suffix="pt"):
     supervisor.setup("predict")
     index = torch.cat([batch["index"] for batch in supervisor.predict_dataloader()])
     probabilities = torch.nn.functional.one_hot(index % 3, 3).float() * 0.7 + 0.1
-    content = {"index": index, "probabilities": probabilities}
+    order = torch.randperm(len(index))  # files need not be in the order of the set
+    content = {"index": index[order], "probabilities": probabilities[order]}
     if change is not None:
         content = change(content)
     path = folder / f"weak.{suffix}"
