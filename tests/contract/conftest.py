@@ -1,11 +1,13 @@
-"""How a config is made small enough for two steps in a second, without changing what is tested."""
+"""How a config is made small enough for a few steps in a second, without changing what is tested."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 # Sources that need a download, or seconds to read, are replaced by seeded blobs of the same shape.
 SHAPES = {
@@ -17,36 +19,72 @@ SHAPES = {
     "SVHN": (10, 32, 3),
     "STL10": (10, 96, 3),
 }
+SAMPLES = 600
 
 
-def blobs(source: dict[str, Any]) -> dict[str, Any]:
-    """A stand-in for ``source``, or itself."""
+def small_source(source: dict[str, Any]) -> dict[str, Any]:
+    """A stand-in for ``source``."""
     name = source["class_path"].rpartition(".")[2]
-    if name not in SHAPES:
-        return source
+    if name == "DigitScenes":
+        return {**source, "init_args": {**source.get("init_args", {}), "train_scenes": 40, "test_scenes": 8}}
     classes, size, channels = SHAPES[name]
-    return {"class_path": "Blobs", "init_args": {"num_classes": classes, "size": size, "channels": channels}}
+    arguments = {"num_classes": classes, "size": size, "channels": channels, "samples": SAMPLES, "test_samples": 100}
+    return {"class_path": "Blobs", "init_args": arguments}
+
+
+def small_network(network: dict[str, Any]) -> dict[str, Any]:
+    """The same kind of network without downloaded weights."""
+    arguments = dict(network.get("init_args", {}))
+    if arguments.pop("weights", None) is not None:
+        arguments["backbone"] = "tiny_cnn"
+        arguments["in_channels"] = 1
+        arguments.pop("resize", None)
+    return {**network, "init_args": arguments}
+
+
+def weak_labels(folder: Path) -> str:
+    """A supervisor's soft labels for every sample of the stand-in."""
+    path = folder / "weak_labels.safetensors"
+    probabilities = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(0)).softmax(1)
+    save_file({"index": torch.arange(SAMPLES), "probabilities": probabilities}, path)
+    return str(path)
 
 
 @pytest.fixture
-def tiny_overrides(tmp_path: Path) -> Callable[[Path], list[str]]:
-    """An overlay for a config: synthetic data, small batches, no downloaded weights."""
+def small(tmp_path: Path) -> Callable[[Path], Path]:
+    """The same config on synthetic data, with small batches and without downloaded weights, in a new file."""
 
-    def overlay(path: Path) -> list[str]:
-        given = yaml.safe_load(path.read_text())
-        data = given["data"]["init_args"]
-        changed: dict[str, Any] = {"steps": 4, "batch_size": 8}
-        for key in ("source", "target"):
-            if isinstance(data.get(key), dict):
-                changed[key] = blobs(data[key])
-        file = tmp_path / "tiny.yaml"
-        file.write_text(yaml.safe_dump({"data": {"class_path": given["data"]["class_path"], "init_args": changed}}))
-        return ["-c", str(file)]
+    def shrink(path: Path) -> Path:
+        config = yaml.safe_load(path.read_text())
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        for key in {"source", "target"} & data.keys():
+            data[key] = small_source(data[key])
+        data |= {"steps": 4, "batch_size": 8, "val_size": 20}
+        data.pop("num_workers", None)
+        if "num_labels" in data:
+            data["num_labels"] = 200
+        if data.get("role") == "student":
+            data["weak_labels"] = weak_labels(tmp_path)
+        model["network"] = small_network(model["network"])
+        if "teacher" in model:
+            model["allow_untrained_teacher"] = True
+        file = tmp_path / path.name
+        file.write_text(yaml.safe_dump(config))
+        return file
 
-    return overlay
+    return shrink
 
 
 @pytest.fixture
-def without_batch_norm() -> Callable[[str], list[str]]:
-    """Replace every backbone by one with LayerNorm."""
-    return lambda path: ["--model.network.backbone=tiny_mlp"]
+def without_batch_norm() -> Callable[[str], None]:
+    """Replace the networks' backbones in a config by one with LayerNorm."""
+
+    def replace(file: str) -> None:
+        config = yaml.safe_load(Path(file).read_text())
+        for key in {"network", "teacher"} & config["model"]["init_args"].keys():
+            arguments = config["model"]["init_args"][key]["init_args"]
+            size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
+            arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
+        Path(file).write_text(yaml.safe_dump(config))
+
+    return replace
