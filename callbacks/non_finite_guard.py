@@ -31,9 +31,9 @@ class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818 (a state, named a
 class NonFiniteGuard(Callback):
     """Raises :class:`NonFiniteLoss` on all ranks together, with the step and the samples of the first bad batch.
 
-    Looking at a loss on the host at every step would stall the device. So every step only folds ``isfinite(loss)`` into
-    a device tensor that remembers the first bad batch, and the host reads it every ``every_n_steps`` batches, before a
-    validation, at the end of an epoch, and before any checkpoint. Before a checkpoint the trainable weights are checked
+    Looking at a loss on the host at every step would stall the device. So a step only keeps its loss where it is, and
+    the host looks at them together every ``every_n_steps`` batches, before a validation, at the end of an epoch, and
+    before any checkpoint. Before a checkpoint the trainable weights are checked
     too: a finite loss can have had a gradient that was not.
 
     Args:
@@ -50,7 +50,7 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"NonFiniteGuard: every_n_steps={every_n_steps} must be at least 1, or None")
         self.every_n_steps = every_n_steps
         self.gradients = gradients
-        self._first: Tensor | None = None  # number of the first bad batch, -1 for none
+        self._noted: list[tuple[int, Tensor]] = []  # values since the last reading, with their batch's number
         self._number = -1  # of the batch in work, counted from the start of this process
         self._recent: dict[int, tuple[int, int, dict[str, Tensor]]] = {}  # by number, those since the last reading
         self._good: set[Path] = set()
@@ -59,7 +59,7 @@ class NonFiniteGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a clean flag."""
-        self._first = torch.full((), -1, dtype=torch.long, device=trainer.strategy.root_device)
+        self._noted = []
         self._recent, self._good, self._error, self._watching, self._number = {}, set(), None, True, -1
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
 
@@ -69,7 +69,7 @@ class NonFiniteGuard(Callback):
         self._recent[self._number] = (trainer.global_step, batch_idx, _indices(batch))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Fold the loss in."""
+        """Keep the loss for the next look."""
         self._note(loss.detach())
 
     def on_before_optimizer_step(
@@ -114,18 +114,22 @@ class NonFiniteGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the run's tensors go."""
-        self._first, self._recent, self._watching = None, {}, False
+        self._noted, self._recent, self._watching = [], {}, False
 
     def _note(self, value: Tensor) -> None:
-        assert self._first is not None
-        # All on the device: no value is known here.
-        bad = ~torch.isfinite(value).all() & (self._first < 0)
-        self._first = torch.where(bad, self._number, self._first)
+        self._noted.append((self._number, value))  # looked at when the flag is read: a step costs nothing
+
+    def _first_bad(self) -> int:
+        """The number of the first step with a non-finite value since the last look, or -1."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return -1
+        finite = torch.stack([value.float().sum() for _, value in noted]).isfinite().tolist()
+        return next((number for (number, _), good in zip(noted, finite, strict=True) if not good), -1)
 
     def _read(self, trainer: Trainer, module: LightningModule | None = None) -> None:
         """Wait for the device, agree with the other ranks, and raise or start anew."""
-        assert self._first is not None
-        first = int(self._first)
+        first = self._first_bad()
         what = "the loss" + (" or a gradient" if self.gradients else "")
         if first < 0 and module is not None and not _weights_are_finite(module):
             # The losses so far were finite, so it was the newest step that broke the weights.

@@ -71,7 +71,13 @@ def config(request, small) -> list[str]:
 
 def assemble(config: list[str], folder: Path, *more: str) -> tuple[Method, Any]:
     """The config's method and data, small, on this machine's processor."""
-    arguments = ["fit", *config, "--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={folder}"]
+    arguments = [
+        "fit",
+        *config,
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        f"--trainer.default_root_dir={folder}",
+    ]
     cli = Assembled([*arguments, "--trainer.logger=false", *more])
     return cli.model, cli.datamodule
 
@@ -184,7 +190,9 @@ def test_two_ranks_equal_one_on_the_joint_batch(config, tmp_path, without_batch_
         t.fit(method, Rows(capture.batches[:2], ranks))
         results.append(method.state_dict())
     for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            results[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 warnings.filterwarnings("ignore")

@@ -117,12 +117,17 @@ class Method(Persistent, Evaluated):
         self.observe(loss=loss, **terms)
         return loss
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether the logger keeps this step: what is only looked at need not be computed at the others."""
+        return bool(self._trainer and self.trainer.training and self.trainer._logger_connector.should_update_logs)
+
     def observe(self, **values: Tensor) -> None:
         """Log scalars as ``train/<name>``, at the steps that the logger keeps and no others.
 
         One ``self.log`` costs as much as a small step, so the gate comes first; nothing synchronises with the device.
         """
-        if self._trainer and self.trainer.training and self.trainer._logger_connector.should_update_logs:
+        if self.logs_now:
             self.log_dict({f"train/{k}": v.detach() for k, v in values.items()}, batch_size=1)
 
     def configure_optimizers(self) -> Any:

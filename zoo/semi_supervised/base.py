@@ -46,6 +46,8 @@ class SemiSupervised(Method):
 
     def watch(self, unlabeled: dict[str, Tensor], targets: Tensor, weights: Tensor) -> None:
         """Log the share of unlabeled samples in use, and how often their targets are right where that is known."""
+        if not self.logs_now:
+            return
         values = {"utilization": weights.mean()}
         if "hidden_label" in unlabeled:
             classes = targets if targets.ndim == 1 else targets.argmax(dim=1)
