@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.tmp")  # one name: what a killed process left is written over
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
@@ -57,13 +57,18 @@ class RunCheckpoint(ModelCheckpoint):
     """``checkpoints/last.ckpt`` after every epoch, ``best.ckpt`` where a validation improved.
 
     Unlike :class:`ModelCheckpoint`, ``last`` is written also when the epoch was not the best one, and a run without
-    validation simply has no ``best``.
+    validation simply has no ``best``. A run that ``max_steps`` or a timer stopped within an epoch goes on where it
+    stopped.
 
     Args:
         dirpath: the folder; None is ``checkpoints`` in the run folder.
         monitor: the metrics to choose by: the first one that the validation logs.
         mode: ``"max"`` or ``"min"``.
         every_n_epochs: how often ``last`` and ``best`` are considered.
+        every_n_steps: write ``last`` also within an epoch, every so many optimizer steps.
+
+    Raises:
+        UserError: for ``every_n_steps`` below 1.
     """
 
     def __init__(
@@ -72,7 +77,10 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | list[str] | None = None,
         mode: str = "max",
         every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
     ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"RunCheckpoint: every_n_steps={every_n_steps} must be at least 1, or null")
         names = [monitor] if isinstance(monitor, str) else (monitor or ["val/accuracy", "val/miou"])
         super().__init__(
             dirpath=dirpath,
@@ -86,6 +94,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.names = names
+        self._every_n_train_steps = every_n_steps or 0  # Lightning's name, which NonFiniteGuard looks at
 
     @property
     def state_key(self) -> str:
@@ -97,12 +106,24 @@ class RunCheckpoint(ModelCheckpoint):
         if self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether this step is one of ``every_n_steps``."""
+        return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+
     def _save(self, trainer: Trainer) -> None:
-        if self._should_skip_saving_checkpoint(trainer) or (trainer.current_epoch + 1) % self._every_n_epochs:
+        epoch_is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if self._should_skip_saving_checkpoint(trainer) or not (epoch_is_due or self._is_due(trainer)):
             return
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save within the epoch, if asked; after its last batch, the end of the epoch does."""
+        if self._is_due(trainer) and not trainer.is_last_batch and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where the validation of this epoch, if there is one, is over."""
@@ -118,3 +139,30 @@ class RunCheckpoint(ModelCheckpoint):
         """Make sure that the last state is kept, also when training stopped within an epoch."""
         if not getattr(trainer, "fast_dev_run", False) and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Resume behind the last batch, whatever stopped the run."""
+        if loop := checkpoint.get("loops", {}).get("fit_loop"):
+            reopen_epoch(loop, counted_in_steps=trainer.max_steps != -1)
+
+
+def reopen_epoch(fit_loop: dict[str, Any], counted_in_steps: bool) -> None:
+    """Correct what Lightning's fit loop recorded about an epoch, in place, before it is restored.
+
+    A run that stops within an epoch counts that epoch as processed before its last checkpoint is written: resumed, it
+    would leave out the rest. And a run with ``max_steps`` always restarts within the epoch that was recorded: it counts
+    an epoch that was over once more, and draws the batches of the one after next. In both cases the epoch must read as
+    begun and not processed; its batches say where to go on.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``.
+        counted_in_steps: whether the trainer that resumes has ``max_steps``.
+    """
+    progress, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    now = progress["current"]
+    if now["started"] == 0 or now["processed"] < now["started"]:
+        return  # not begun, or saved within the epoch
+    if batches["is_last_batch"] and not counted_in_steps:
+        return  # over, and counted in epochs: Lightning goes on with the next one
+    for counts in (now, progress["total"]):
+        counts["processed"] = counts["completed"] = counts["started"] - 1
