@@ -418,6 +418,7 @@ def find_source(name: str, **arguments: Any) -> Source:
 
 def _descendants(base: type) -> list[type]:
     found: list[type] = []
-    for cls in base.__subclasses__():
+    children: list[type] = type.__subclasses__(base)
+    for cls in children:
         found += [cls, *_descendants(cls)]
     return found

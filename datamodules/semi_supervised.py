@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from datamodules.base import Data, Role
+from datamodules.base import Role
+from datamodules.pseudo_labels import PseudoLabels
 from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples
 from datamodules.splits import Split
 from datamodules.transforms import View
 from zoo.core.errors import UserError
 
 
-class SemiSupervisedData(Data):
+class SemiSupervisedData(PseudoLabels):
     r"""A few labelled samples; the others come without labels, as a weak and a strong view.
 
     A step sees :math:`B` labelled and :math:`\mu B` unlabelled samples per process. What the source itself brings
     without labels (STL-10, SVHN extra) joins the unlabelled samples.
 
-    Batch: ``labeled`` {image, label, index}, ``unlabeled`` {weak, strong, index, hidden_label}.
+    Batch: ``labeled`` {image, label, index}, ``unlabeled`` {weak, strong, index, hidden_label, pseudo_label,
+    has_pseudo_label}. The last two are what a ``PseudoLabeler`` among the callbacks last gave, see
+    :class:`~datamodules.pseudo_labels.PseudoLabels`.
 
     Args:
         source: where samples come from.
@@ -87,6 +90,11 @@ class SemiSupervisedData(Data):
         self.unlabeled_ratio = unlabeled_ratio
         self.include_labeled = include_labeled
         self.strong = strong
+
+    @property
+    def pseudo_label_role(self) -> str:
+        """``unlabeled``."""
+        return "unlabeled"
 
     def make_split(self, labels: Tensor) -> Split:
         """Validation first, labels from the rest; everything but validation is unlabelled."""

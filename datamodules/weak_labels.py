@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.base import HALVES, Data, Role
+from datamodules.base import HALVES, Role
+from datamodules.pseudo_labels import PseudoLabels
 from datamodules.sources.base import MissingData, Samples, Source
 from datamodules.splits import Split, generator, proportional, stratified
 from datamodules.transforms import Compose, View
 from zoo.core.errors import UserError
 
 
-class WeakLabelData(Data):
+class WeakLabelData(PseudoLabels):
     r"""The training set in two halves: the supervisor learns from half A and labels half B for the student.
 
     ``role`` says which run of the comparison this is:
@@ -26,8 +27,10 @@ class WeakLabelData(Data):
 
     The performance gap recovered is (student - supervisor) / (ceiling - supervisor).
 
-    Batch: ``labeled`` {image, label, index}, or ``weak`` {image, label, probabilities, index, hidden_label} where
-    ``label`` is the weak model's most probable class. Samples are numbered as in the source's training set.
+    Batch: ``labeled`` {image, label, index}, or ``weak`` {image, label, probabilities, index, hidden_label,
+    pseudo_label, has_pseudo_label} where ``label`` is the weak model's most probable class, and the last two are what
+    the student itself last said through a ``PseudoLabeler`` among the callbacks, see
+    :class:`~datamodules.pseudo_labels.PseudoLabels`. Samples are numbered as in the source's training set.
 
     Args:
         source: where samples come from.
@@ -100,6 +103,11 @@ class WeakLabelData(Data):
         self.supervisor_share = supervisor_share
         self.view = view
         self.predict_on = predict_on
+
+    @property
+    def pseudo_label_role(self) -> str | None:
+        """``weak``, for the student."""
+        return "weak" if self.role == "student" else None
 
     def make_split(self, labels: Tensor) -> Split:
         """Validation first; the rest is halved, class by class."""

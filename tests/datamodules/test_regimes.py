@@ -19,6 +19,9 @@ from datamodules import (
 from datamodules.base import Data
 from datamodules.transforms import Downsample, Identity, Strong, Weak
 
+PSEUDO = {"pseudo_label", "has_pseudo_label"}
+UNLABELED = {"weak", "strong", "index", "hidden_label", *PSEUDO}
+
 
 def first_batch(data):
     data.prepare_data()
@@ -105,7 +108,7 @@ def test_semi_supervised_batch():
     batch = first_batch(data)
     assert batch.keys() == {"labeled", "unlabeled"}
     assert batch["labeled"].keys() == {"image", "label", "index"}
-    assert batch["unlabeled"].keys() == {"weak", "strong", "index", "hidden_label"}
+    assert batch["unlabeled"].keys() == UNLABELED
     assert len(batch["labeled"]["label"]) == 4
     assert len(batch["unlabeled"]["weak"]) == 12
     assert not torch.equal(batch["unlabeled"]["weak"], batch["unlabeled"]["strong"])
@@ -380,7 +383,7 @@ def test_roles_of_the_comparison(tmp_path):
 def test_student_gets_weak_labels_by_index(tmp_path, suffix):
     data = WeakLabelData(Blobs(), role="student", weak_labels=weak_file(tmp_path, suffix=suffix), batch_size=9)
     batch = first_batch(data)["weak"]
-    assert batch.keys() == {"image", "label", "probabilities", "index", "hidden_label"}
+    assert batch.keys() == {"image", "label", "probabilities", "index", "hidden_label", *PSEUDO}
     assert torch.equal(batch["label"], batch["index"] % 3)
     assert torch.allclose(batch["probabilities"].sum(1), torch.ones(9))
     assert torch.equal(batch["hidden_label"], Blobs().train().labels[batch["index"]])
@@ -473,7 +476,7 @@ def test_streaming_gives_the_same_roles(folder, workers, in_workers):
     batches = all_batches(data)
     assert len(batches) == 2
     assert batches[0]["labeled"].keys() == {"image", "label", "index"}
-    assert batches[0]["unlabeled"].keys() == {"weak", "strong", "index", "hidden_label"}
+    assert batches[0]["unlabeled"].keys() == UNLABELED
     assert batches[0]["unlabeled"]["weak"].shape == (4, 3, 8, 8)
     assert batches[0]["unlabeled"]["weak"].dtype == torch.float32
 
