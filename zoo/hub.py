@@ -464,7 +464,7 @@ def push(
             return str(
                 api.upload_folder(
                     repo_id=repo_id,
-                    folder_path=folder,
+                    folder_path=str(folder),
                     revision=revision,
                     commit_message=message,
                     allow_patterns=[WEIGHTS, CONFIG, CARD, "metrics.json"],

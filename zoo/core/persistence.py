@@ -1,7 +1,7 @@
 """Checkpoints that rebuild their module: safely, through any of its classes, and without fetching weights again."""
 
 from argparse import ArgumentError
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -80,7 +80,7 @@ class Persistent(Recorded, LightningModule):
         """Write weights (safetensors), configuration and model card: see :func:`zoo.hub.save_pretrained`."""
         from zoo.hub import save_pretrained
 
-        save_pretrained(self, directory)
+        save_pretrained(cast(Any, self), directory)
 
 
 def _unrecorded(checkpoint_path: Any) -> set[str]:

@@ -22,6 +22,7 @@ def shard(method: nn.Module, mesh: Any) -> None:
     data_parallel = mesh["data_parallel"]
     for child in method.children():
         if any(True for _ in child.parameters()):
-            fully_shard(
-                child, mesh=data_parallel, **({"reshard_after_forward": True} if isinstance(child, Frozen) else {})
-            )
+            if isinstance(child, Frozen):
+                fully_shard(child, mesh=data_parallel, reshard_after_forward=True)
+            else:
+                fully_shard(child, mesh=data_parallel)
