@@ -43,8 +43,9 @@ class EMATeacher(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the teachers if the optimizer has stepped."""
-        if trainer.global_step != self._step:
-            self._step = trainer.global_step
+        step = trainer.global_step
+        if step != self._step:
+            self._step = step
             self._move()
 
     def _move(self) -> None:

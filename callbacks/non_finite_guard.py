@@ -33,8 +33,8 @@ class NonFiniteGuard(Callback):
 
     Looking at a loss on the host at every step would stall the device. So a step only keeps its loss where it is, and
     the host looks at them together every ``every_n_steps`` batches, before a validation, at the end of an epoch, and
-    before any checkpoint. Before a checkpoint the trainable weights are checked
-    too: a finite loss can have had a gradient that was not.
+    before any checkpoint. Before a checkpoint the trainable weights are checked too: a finite loss can have had a
+    gradient that was not.
 
     Args:
         every_n_steps: read every N batches; None is the trainer's ``log_every_n_steps``.
@@ -55,13 +55,18 @@ class NonFiniteGuard(Callback):
         self._recent: dict[int, tuple[int, int, dict[str, Tensor]]] = {}  # by number, those since the last reading
         self._good: set[Path] = set()
         self._error: NonFiniteLoss | None = None
-        self._watching = False
+        self._watching, self._scaled = False, False
+        self._every = every_n_steps or 50
+        self._saves: list[int] = []  # after how many steps each checkpoint callback may save
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a clean flag."""
         self._noted = []
         self._recent, self._good, self._error, self._watching, self._number = {}, set(), None, True, -1
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        # Collected once: every callback at every step would cost more than the guard itself.
+        self._every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
+        self._saves = [every for callback in trainer.checkpoint_callbacks if (every := _saves_every(callback))]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which samples come, as tensors where they are."""
@@ -85,10 +90,9 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read when it is time, or when a checkpoint callback is about to save."""
-        every = self.every_n_steps or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
-        if any(_saves_now(callback, trainer.global_step) for callback in trainer.checkpoint_callbacks):
+        if self._saves and any(trainer.global_step % every == 0 for every in self._saves):
             self._read(trainer, pl_module)
-        elif (self._number + 1) % every == 0:
+        elif (self._number + 1) % self._every == 0:
             self._read(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,12 +187,13 @@ def _indices(batch: Any) -> dict[str, Tensor]:
     return {role: index for role, index in found.items() if isinstance(index, Tensor)}
 
 
-def _saves_now(callback: Any, step: int) -> bool:
-    """Whether a checkpoint callback may save at the end of this batch. Others end up in ``on_save_checkpoint``."""
-    every = getattr(callback, "_every_n_train_steps", 0)
-    # A file of weights alone does not pass through `on_save_checkpoint`.
+def _saves_every(callback: Any) -> int:
+    """After how many steps a checkpoint callback may save within an epoch, or 0.
+
+    Others end up in ``on_save_checkpoint``; but a file of weights alone, which may come at any time, does not.
+    """
     bare = getattr(callback, "save_weights_only", False) and getattr(callback, "_train_time_interval", None) is not None
-    return bare or (every > 0 and step % every == 0)
+    return 1 if bare else max(getattr(callback, "_every_n_train_steps", 0), 0)
 
 
 @torch.no_grad()

@@ -82,9 +82,11 @@ class Throughput(Callback):
         self._ended = time.perf_counter()
         self._seen += 1
         if self._seen > self.warmup_steps:
-            seconds = self._between + self._ended - self._began
-            for name, value in zip(_COUNTERS, (count_images(batch), 1, seconds, self._between), strict=True):
-                self._window[name] += value
+            window = self._window
+            window["images"] += count_images(batch)
+            window["steps"] += 1
+            window["seconds"] += self._between + self._ended - self._began
+            window["waited"] += self._between
         if trainer._logger_connector.should_update_logs and self._window["steps"]:
             self._log(trainer)
 
@@ -152,13 +154,22 @@ class Throughput(Callback):
 def count_images(batch: Any) -> int:
     """Rows of the image-like tensors of a batch, each view counting; see :class:`Throughput`."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim == 4 and (batch.is_floating_point() or batch.dtype == torch.uint8) else 0
+        return _rows(batch)
     if isinstance(batch, dict):
-        own = len(batch["input_ids"]) if isinstance(batch.get("input_ids"), Tensor) else 0
-        return own + sum(count_images(value) for value in batch.values())
+        count = 0
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                count += value.shape[0] if name == "input_ids" else _rows(value)
+            else:
+                count += count_images(value)
+        return count
     if isinstance(batch, list | tuple):
         return sum(count_images(value) for value in batch)
     return 0
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.ndim == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8) else 0
 
 
 def _rates(counters: dict[str, float]) -> dict[str, float]:

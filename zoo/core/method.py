@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.core.card import Card
 from zoo.core.errors import UserError
 from zoo.core.evaluation import Evaluated
+from zoo.core.hooks import LeanHooks
 from zoo.core.network import Network
 from zoo.core.parameters import parameter_groups
 from zoo.core.persistence import Persistent
@@ -22,7 +23,7 @@ from zoo.core.sharding import shard
 from zoo.core.teachers import EMA
 
 
-class Method(Persistent, Evaluated):
+class Method(Persistent, Evaluated, LeanHooks):
     """A training algorithm: recipes in, losses out.
 
     A subclass says what its batches hold and writes :meth:`training_step`. The constructor takes recipes, callables
@@ -120,7 +121,8 @@ class Method(Persistent, Evaluated):
     @property
     def logs_now(self) -> bool:
         """Whether the logger keeps this step: what is only looked at need not be computed at the others."""
-        return bool(self._trainer and self.trainer.training and self.trainer._logger_connector.should_update_logs)
+        trainer = self._trainer  # `self.trainer` costs more than the answer
+        return trainer is not None and trainer.training and trainer._logger_connector.should_update_logs
 
     def observe(self, **values: Tensor) -> None:
         """Log scalars as ``train/<name>``, at the steps that the logger keeps and no others.
@@ -148,6 +150,7 @@ class Method(Persistent, Evaluated):
 
     def setup(self, stage: str) -> None:
         """Check that the data and this module agree on the classes before anything runs."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
