@@ -20,6 +20,7 @@ from datamodules.sources import (
     Source,
 )
 from datamodules.sources.digit_scenes import DigitScenes
+from datamodules.sources.voc import VOC
 from datamodules.supervised import SupervisedData
 from datamodules.weak_labels import WeakLabelData
 
@@ -28,6 +29,7 @@ __all__ = [
     "CIFAR100",
     "STL10",
     "SVHN",
+    "VOC",
     "ArraySource",
     "Blobs",
     "Data",

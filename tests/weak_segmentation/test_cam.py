@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-import zoo.weak_segmentation  # noqa: F401  (makes seg_cnn known)
 from datamodules.segmentation import SegmentationData
 from datamodules.sources.digit_scenes import DigitScenes
 from zoo.core.network import Network
