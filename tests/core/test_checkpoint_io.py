@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from zoo.core.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
+from zoo.core.checkpoint_io import AtomicCheckpointIO, RunCheckpoint, reopen_epoch
 from zoo.core.errors import UserError
 
 
@@ -50,6 +50,12 @@ def test_full_disk_without_a_previous_checkpoint_leaves_nothing(tmp_path, full_d
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    (tmp_path / ".x.ckpt.tmp").write_bytes(b"half of a checkpoint")
+    AtomicCheckpointIO().save_checkpoint({"w": torch.ones(2)}, tmp_path / "x.ckpt")
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_failure_after_writing_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call):
     path = tmp_path / "x.ckpt"
@@ -74,7 +80,7 @@ def test_other_errors_are_not_disguised(tmp_path):
 class Trainer:
     """What RunCheckpoint asks of a trainer whose epochs have one step each."""
 
-    fast_dev_run = sanity_checking = False
+    fast_dev_run = sanity_checking = is_last_batch = False
     is_global_zero, world_size, loggers, check_val_every_n_epoch, val_check_interval = True, 1, [], 1, 1.0
     _val_check_time_interval = None
 
@@ -155,3 +161,48 @@ def test_order_of_the_states_survives_a_resume(tmp_path):
     assert trainer.epoch(resumed, **{"val/accuracy": 0.4}) == ["last.ckpt"]
     assert trainer.epoch(resumed, **{"val/accuracy": 0.6}) == ["best.ckpt", "last.ckpt"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_last_is_written_within_an_epoch_every_n_steps(tmp_path):
+    trainer, callback = Trainer(tmp_path), RunCheckpoint(every_n_epochs=100, every_n_steps=2)
+    callback.setup(trainer, None, "fit")
+
+    def step(last_batch=False):
+        trainer.global_step, trainer.is_last_batch, trainer.saved = trainer.global_step + 1, last_batch, []
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+        return trainer.saved
+
+    trainer.current_epoch = 0
+    assert [step(), step(), step(), step(last_batch=True)] == [[], ["last.ckpt"], [], []]
+    trainer.callback_metrics = {"val/accuracy": torch.tensor(0.5)}
+    callback.on_train_epoch_end(trainer, None)  # step 4 is due, and its validation is over
+    assert trainer.saved == ["best.ckpt", "last.ckpt"]
+    with pytest.raises(UserError, match="every_n_steps=0 must be at least 1"):
+        RunCheckpoint(every_n_steps=0)
+
+
+def progress(started, processed, completed, last_batch):
+    counts = {"ready": started, "started": started, "processed": processed, "completed": completed}
+    return {
+        "epoch_progress": {"current": dict(counts), "total": dict(counts)},
+        "epoch_loop.batch_progress": {"is_last_batch": last_batch},
+    }
+
+
+@pytest.mark.parametrize(
+    ("started", "processed", "completed", "last_batch", "counted_in_steps", "expected"),
+    [
+        (0, 0, 0, False, True, (0, 0)),  # not begun
+        (2, 1, 1, False, True, (1, 1)),  # saved within the second epoch
+        (2, 2, 2, False, True, (1, 1)),  # stopped within it
+        (2, 2, 2, False, False, (1, 1)),
+        (2, 2, 1, True, True, (1, 1)),  # over
+        (2, 2, 1, True, False, (2, 1)),
+    ],
+)
+def test_only_an_epoch_that_was_over_stays_over(started, processed, completed, last_batch, counted_in_steps, expected):
+    loop = progress(started, processed, completed, last_batch)
+    reopen_epoch(loop, counted_in_steps)
+    for counts in loop["epoch_progress"].values():
+        assert (counts["processed"], counts["completed"]) == expected
+        assert counts["started"] == counts["ready"] == started
