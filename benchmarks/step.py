@@ -54,7 +54,7 @@ def make_batch(network: str, size: int, ratio: int) -> dict[str, dict[str, Tenso
 
 
 class Turns:
-    """Lets loops in several threads run a few steps each in turn: what slows the machine down hits all of them alike."""
+    """Lets loops in several threads run a few steps each in turn: what slows the machine down hits all of them."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = list(names)
@@ -87,6 +87,7 @@ class Clock(IterableDataset):
         return self.steps
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        began = 0.0
         for number in range(self.steps):
             if number % TURN == 0:
                 if number:
