@@ -93,3 +93,11 @@ def test_the_baseline_has_the_same_recipes() -> None:
     baseline = method.baseline()
     assert isinstance(baseline, Supervised)
     assert (baseline.network_recipe, baseline.momentum) == (method.network_recipe, 0.5)
+
+
+@pytest.mark.parametrize("forward_pass", ["joint", "split"])
+def test_views_are_those_of_their_images_and_the_weak_one_has_no_gradient(forward_pass) -> None:
+    labeled, weak, strong = torch.randn(2, 2), torch.randn(3, 2), torch.randn(3, 2)
+    logits = fixmatch(forward_pass=forward_pass).views(labeled, weak, strong)
+    assert [torch.equal(a, b) for a, b in zip(logits, (labeled, weak, strong), strict=True)] == [True] * 3
+    assert [z.requires_grad for z in logits] == [True, False, True]
