@@ -264,6 +264,26 @@ def test_predictions_are_written(trained):
     written = load_file(trained / "predictions.safetensors")
     assert written["index"].tolist() == list(range(12))
     torch.testing.assert_close(written["probabilities"].sum(dim=1), torch.ones(12))
+    assert sorted(path.name for path in trained.glob("predictions*")) == ["predictions.csv", "predictions.safetensors"]
+
+
+def test_predictions_on_a_folder_of_images(toys):
+    from PIL import Image
+
+    (toys / "photos" / "deeper").mkdir(parents=True)
+    for name, grey in (("b.png", 0), ("a.png", 90), ("deeper/c.jpg", 250)):
+        Image.new("RGB", (9, 12), (grey, grey, grey)).save(toys / "photos" / name)
+    data = "{class_path: SupervisedData, init_args: {source: Blobs, batch_size: 8, steps: 2}}"
+    (toys / "blobs.yaml").write_text(CONFIG.replace("{class_path: own_toys.ToyData}", data))
+    assert cli.main(["fit", "-c", "blobs.yaml"]) == 0
+    run = toys / "runs" / "blobs"
+    assert cli.main(["predict", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data.predict_folder", "photos"]) == 0
+    with open(run / "predictions.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["photos/a.png", "photos/b.png", "photos/deeper/c.jpg"]
+    best, label = load_file(run / "predictions.safetensors")["probabilities"].max(dim=1)
+    assert [row["label"] for row in rows] == [f"blob {number}" for number in label.tolist()]
+    assert [float(row["confidence"]) for row in rows] == pytest.approx(best.tolist(), abs=1e-6)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

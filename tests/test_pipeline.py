@@ -54,7 +54,8 @@ class Runner:
         (folder / "metrics.json").write_text(json.dumps({"test/accuracy": score, "test/loss": 1 - score}))
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "last.ckpt").write_text(f"weights {score}")
-        (folder / "predictions.pt").write_text(f"predictions {score}")
+        (folder / "predictions.csv").write_text(f"table {score}")
+        (folder / "predictions.safetensors").write_text(f"predictions {score}")
         return 0
 
 
@@ -74,7 +75,7 @@ def test_stages_run_after_what_they_need_and_the_summary_is_right(place):
     assert json.loads((place / "runs/pipe/summary.json").read_text()) == summary
     student = runner.commands[1]
     assert student[:4] == [sys.executable, "-m", "zoo", "fit"]
-    assert "--model.init_args.labels=runs/pipe/weak/predictions.pt" in student
+    assert "--model.init_args.labels=runs/pipe/weak/predictions.safetensors" in student
     assert "--trainer.default_root_dir=runs/pipe/student" in student
     assert not any(part.startswith("--seed_everything") for part in student)
     assert "--model.init_args.depth=3" in runner.commands[2]
@@ -173,7 +174,7 @@ def test_seeds_give_rounds_with_mean_and_deviation(place):
     summary = go(three_stages(seeds=[0, 1]), runner, place)
     assert runner.calls == ["weak", "student", "ceiling"] * 2
     assert "--seed_everything=1" in runner.commands[3]
-    assert "--model.init_args.labels=runs/pipe/seed_1/weak/predictions.pt" in runner.commands[4]
+    assert "--model.init_args.labels=runs/pipe/seed_1/weak/predictions.safetensors" in runner.commands[4]
     row = summary["summary"]["pgr"]
     assert row["values"] == pytest.approx([0.5, 1.0])
     assert row["mean"] == pytest.approx(0.75)
@@ -262,6 +263,9 @@ def test_a_missing_output_is_named(place):
         (lambda c: c["summary"].update(x="weak if student else 1"), "not allowed"),
         (lambda c: c["summary"].update(x="'a' * 10"), "not allowed"),
         (lambda c: c["summary"].update(x="abs()"), "not allowed"),
+        (lambda c: c["summary"].update(x="abs(weak, 2)"), "abs takes 1, not 2"),
+        (lambda c: c["summary"].update(x="ratio(weak)"), "ratio takes 2, not 1"),
+        (lambda c: c["stages"].update(ratio={}), "cannot be called 'ratio'"),
         (lambda c: c["summary"].update(x="+".join(["1"] * 1000)), "longer than"),
     ],
 )
@@ -343,6 +347,8 @@ def test_two_pipelines_in_one_folder_are_refused(place):
         ("min(s)", 3.0),
         ("sqrt(w + 3)", 2.0),
         ("100 * abs(w - c)", 400.0),
+        ("ratio(s - w, c - w)", 0.5),
+        ("ratio(w - s, c - w)", -0.5),
     ],
 )
 def test_evaluate_by_hand(expression, expected):
@@ -359,7 +365,9 @@ def test_evaluate_by_hand(expression, expected):
         ("sqrt(-1)", ""),
         ("9 ** 9 ** 9 ** 9", ""),
         ("1e308 * 10", "not a finite"),
-        ("abs(1, 2)", ""),
+        ("ratio(1, 0)", "the whole is not positive"),
+        ("ratio(1, -2)", "the whole is not positive"),
+        ("ratio(1, 1e308 * 10 - 1e308 * 10)", "the whole is not positive"),
     ],
 )
 def test_evaluate_undefined_is_nan_with_a_reason(expression, why):

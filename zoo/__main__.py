@@ -17,8 +17,8 @@ TRAINER = {
 }
 TOOLS = {
     "pipeline": "run several trainings as one YAML of stages",
-    "benchmark": "run a table of configs and seeds",
-    "export": "write a checkpoint as safetensors, TorchScript or ONNX",
+    "benchmark": "time cases: processes side by side, medians and ratios",
+    "export": "write a checkpoint as safetensors, ONNX or torch.export",
 }
 HERE = {
     "list": "the methods of the zoo",

@@ -17,9 +17,12 @@ the stages after it::
       error: 1 - scores
 
 A stage offers ``${stage.run}`` (its folder), ``${stage.checkpoint}`` (the best, otherwise the last one),
-``${stage.predictions}`` and ``${stage.metrics[test/accuracy]}``; ``${seed}`` is the seed of this round. A finished
-stage is run again only when its command, its configs, its overrides or the contents of what it takes from other
-stages have changed.
+``${stage.predictions}`` (the tensors, if it wrote a table as well) and ``${stage.metrics[test/accuracy]}``; ``${seed}``
+is the seed of this round. A finished stage is run again only when its command, its configs, its overrides or the
+contents of what it takes from other stages have changed.
+
+A summary is arithmetic over stages, with ``min``, ``max``, ``abs``, ``sqrt`` and ``ratio(part, whole)``, which is
+undefined, and said to be, where the whole is not positive.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,7 +61,7 @@ OUTPUTS = ("run", "checkpoint", "predictions", "metrics")
 _RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "optimizer", "lr_scheduler")
 _PIPELINE_KEYS = ("name", "description", "root", "seeds", "metric", "overrides", "stages", "summary")
 _STAGE_KEYS = ("command", "config", "overrides")
-_RESERVED = ("seed", "overrides", *_RUN_KEYS, "min", "max", "abs", "sqrt")
+_RESERVED = ("seed", "overrides", *_RUN_KEYS, "min", "max", "abs", "sqrt", "ratio")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _TARGET = re.compile(r"(?P<stage>\w+)(?:\.(?P<output>\w+)(?:\[(?P<metric>[^\]]+)\])?)?\Z")
 
@@ -319,7 +323,17 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt}
+
+
+def _ratio(part: float, whole: float) -> float:
+    """A share of something that must be there: a recovered share of no gap, or of a negative one, says nothing."""
+    if not whole > 0:
+        raise ValueError("the whole is not positive")
+    return part / whole
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "ratio": _ratio}
+_ARGUMENTS = {"abs": 1, "sqrt": 1, "ratio": 2}  # the others take any number
 _LONGEST_EXPRESSION = 1000  # characters; the parser recurses
 
 
@@ -361,6 +375,10 @@ def _names(expression: str, where: str) -> list[str]:
                 walk(operand)
                 return
             case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
+                if len(arguments) != _ARGUMENTS.get(name, len(arguments)):
+                    raise PipelineError(
+                        f"{where}: {ast.unparse(node)!r}: {name} takes {_ARGUMENTS[name]}, not {len(arguments)}"
+                    )
                 for argument in arguments:
                     walk(argument)
                 return
@@ -405,7 +423,7 @@ def evaluate(expression: str, lookup: Callable[[str, str | None], float]) -> tup
                 return float(_UNARY[type(sign)](value(operand)))
             case ast.Call(func=ast.Name(id=name), args=arguments):
                 numbers = [value(argument) for argument in arguments]
-                return float(_FUNCTIONS[name](*numbers) if len(numbers) > 1 or name in ("abs", "sqrt") else numbers[0])
+                return float(numbers[0] if len(numbers) == 1 and name not in _ARGUMENTS else _FUNCTIONS[name](*numbers))
         raise AssertionError(ast.dump(node))  # _names has let nothing else through
 
     try:
@@ -458,10 +476,11 @@ def _outputs(folder: Path) -> dict[str, Any]:
         if candidate.exists():
             outputs["checkpoint"] = str(candidate)
             break
-    found = sorted(folder.glob("predictions*"))
-    if found:
+    found = sorted(folder.glob("predictions*"), key=lambda path: (path.suffix != ".safetensors", path))
+    if found:  # tensors for programs go before the table for people
         outputs["predictions"] = str(found[0])
-    digests = {name: _digest_file(Path(outputs[name])) for name in ("checkpoint", "predictions") if name in outputs}
+    files = [name for name in ("checkpoint", "predictions") if name in outputs]
+    digests: dict[str, str] = {name: _digest_file(Path(outputs[name])) for name in files}
     digests["run"] = _digest([digests, outputs["metrics"]])
     return {**outputs, "digests": digests}
 
@@ -676,7 +695,7 @@ def _run_round(
             console.print(f"{escape(label)}: finished, kept")
             outputs[stage.name] = record["outputs"]
             continue
-        command = _command(stage, folder, seed, lambda r, n=stage.name: _value_of(r, n, outputs, seed))
+        command = _command(stage, folder, seed, partial(_value_of, where=stage.name, outputs=outputs, seed=seed))
         _fresh(folder, stage.name)
         _write_json(folder / "stage.json", {"status": "running", "key": key, "command": command})
         console.print(f"{escape(label)}: running → {escape(str(folder))}")

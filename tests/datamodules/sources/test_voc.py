@@ -1,11 +1,13 @@
 """VOC folders, on three images of 24 × 32 pixels."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from PIL import Image
 
-from datamodules.segmentation import SegmentationData
-from datamodules.sources.voc import VOC
+from datamodules import VOC, SegmentationData
 
 
 @pytest.fixture
@@ -67,3 +69,18 @@ def test_what_is_missing_is_named(root):
     (root / "VOCdevkit/VOC2012/Annotations/a.xml").unlink()
     with pytest.raises(FileNotFoundError, match="tags_from: masks"):
         VOC(str(root)).train()
+
+
+def test_short_name_in_yaml(root):
+    """In a process of its own, that has imported nothing but what the command line imports."""
+    source = f"{{class_path: VOC, init_args: {{root: {root}}}}}"
+    program = f"""
+import datamodules
+from jsonargparse import ArgumentParser
+parser = ArgumentParser()
+parser.add_subclass_arguments(datamodules.Data, "data")
+read = parser.parse_string("data: {{class_path: SegmentationData, init_args: {{source: {source}}}}}")
+print(read.data.init_args.source.class_path, len(parser.instantiate(read).data.source.train()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["datamodules.VOC", "2"]
