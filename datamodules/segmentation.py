@@ -53,7 +53,7 @@ class PairView(nn.Module):
         for axis, side in ((0, width), (1, height)):
             reach = int(self.shift * side)
             theta[:, axis, 2] = torch.randint(-reach, reach + 1, (count,)) * (2 / side)
-        theta = theta.to(image.device)
+        theta = theta.to(image.device, non_blocking=True)
         grid = F.affine_grid(theta, [count, 1, height, width], align_corners=False)
         moved = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
         moved = moved.round().clamp(0, 255).to(torch.uint8)
