@@ -14,6 +14,7 @@ from callbacks import PseudoLabeler
 from callbacks.pseudo_labeler import read_pseudo_labels
 from datamodules import Blobs, SemiSupervisedData, SupervisedData, WeakLabelData
 from zoo.core.card import Card
+from zoo.core.checkpoint_io import RunCheckpoint
 from zoo.core.errors import UserError
 from zoo.core.method import Method
 
@@ -173,6 +174,24 @@ def test_a_run_resumed_between_rounds_equals_an_uninterrupted_one(tmp_path, stop
     assert torch.equal(rest.network.layer.weight, whole.network.layer.weight)
     assert again[2] == labels[2] == 3
     assert torch.equal(again[1], labels[1])
+
+
+def test_the_checkpoint_of_every_run_holds_the_labels_of_its_epoch(tmp_path):
+    """``last.ckpt`` of a run whose second epoch ended with a round; more epochs see that round's labels."""
+
+    def run(folder, epochs, ckpt_path=None):
+        model, labeler = method(), PseudoLabeler(2)
+        own = {"max_epochs": epochs, "enable_checkpointing": True}
+        trainer(folder, labeler, RunCheckpoint(), **own).fit(model, blobs(), ckpt_path=ckpt_path)
+        return model, labeler
+
+    whole, labels = run(tmp_path / "whole", 4)
+    run(tmp_path / "half", 2)
+    rest, again = run(tmp_path / "rest", 4, next((tmp_path / "half").rglob("last.ckpt")))
+    assert again.round == labels.round == 3
+    for one, other in zip(rest.seen, whole.seen[6:], strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(again.probabilities, labels.probabilities)
 
 
 def test_two_processes_share_the_labelling(tmp_path):
