@@ -421,3 +421,8 @@ def test_other_ranks_follow_the_folder_of_rank_zero(toys, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # one that a launcher started chooses nothing
     assert run_folder.claim("y") == Path("runs/y")
     assert not Path("runs/y").exists()
+
+
+def test_a_null_inside_a_recipe_is_null(toys):
+    (toys / "named.yaml").write_text(CONFIG.replace("lenet,", "lenet, weights: somewhere.ckpt,"))
+    assert cli.main(["fit", "-c", "named.yaml", "--model.network.weights=null"]) == 0  # "None" would be sought as a file

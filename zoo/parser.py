@@ -27,6 +27,12 @@ class Parser(LightningArgumentParser):
         # An abbreviation that works today is another option tomorrow: `--trainer.max_epoch 3` is a typing error.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse; ``=None`` means null, as jsonargparse hands a nested null down to its inner parsers as that text."""
+        if isinstance(args, list):
+            args = [a[:-4] + "null" if isinstance(a, str) and a.endswith("=None") else a for a in args]
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`UserError` with one sentence; a parser that another one asks keeps its own way."""
         if not self.exit_on_error:
