@@ -51,6 +51,7 @@ class PseudoLabeler(Callback):
         self.at_start = at_start
         self.filename = filename
         self.round = 0
+        self.epoch = 0  # completed epochs at the last round
         self.index: Tensor | None = None
         self.probabilities: Tensor | None = None
         self._path: Path | None = None
@@ -78,19 +79,24 @@ class PseudoLabeler(Callback):
         """Some strategies load the checkpoint only after ``on_fit_start``."""
         if self.round and not self._given:
             self._give(trainer)
+        # A checkpoint by step, written behind the last batch of an epoch, comes before the round that was due.
+        epoch = trainer.current_epoch
+        if self.every_n_epochs and epoch and epoch % self.every_n_epochs == 0 and self.epoch < epoch:
+            self.relabel(trainer, pl_module, epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Relabel after every N whole epochs; an epoch cut short by ``max_steps`` will be finished by a resumed run."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         whole = progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
         if self.every_n_epochs and whole and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.relabel(trainer, pl_module)
+            self.relabel(trainer, pl_module, trainer.current_epoch + 1)
 
-    def relabel(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make one round: predict, gather, hand over, write. Every rank must call it."""
+    def relabel(self, trainer: Trainer, pl_module: LightningModule, epoch: int = 0) -> None:
+        """Make one round after ``epoch`` epochs: predict, gather, hand over, write. Every rank must call it."""
         loader = trainer.datamodule.pseudo_label_dataloader()  # type: ignore[attr-defined]
         self.index, self.probabilities = predict(trainer, pl_module, _shared_out(loader, trainer))
         self.round += 1
+        self.epoch = epoch
         self._give(trainer)
         if self._path is not None and trainer.is_global_zero:
             write_pseudo_labels(self._path, self.index, self.probabilities, self.round)
@@ -101,11 +107,11 @@ class PseudoLabeler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The labels in force."""
-        return {"round": self.round, "index": self.index, "probabilities": self.probabilities}
+        return {"round": self.round, "epoch": self.epoch, "index": self.index, "probabilities": self.probabilities}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them from a checkpoint."""
-        self.round = state_dict["round"]
+        self.round, self.epoch = state_dict["round"], state_dict["epoch"]
         self.index, self.probabilities = state_dict["index"], state_dict["probabilities"]
         self._given = False
 

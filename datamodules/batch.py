@@ -27,6 +27,8 @@ class Unlabeled(TypedDict):
     strong: Tensor  # (B, C, H, W)
     index: Tensor  # (B,)
     hidden_label: Tensor  # (B,) only for evaluation
+    pseudo_label: Tensor  # (B, classes) of the last round of a PseudoLabeler, zeros where there is none
+    has_pseudo_label: Tensor  # (B,) bool
 
 
 class SourceDomain(TypedDict):
@@ -57,6 +59,8 @@ class WeaklyLabeled(TypedDict):
     probabilities: Tensor  # (B, classes) float32, rows sum to one
     index: Tensor
     hidden_label: Tensor
+    pseudo_label: Tensor  # (B, classes), zeros where there is none
+    has_pseudo_label: Tensor  # (B,) bool
 
 
 class Batch(TypedDict, total=False):

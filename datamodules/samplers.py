@@ -219,7 +219,8 @@ class Loader:
         if self._resume is not None and self._resume["epoch"] == self._epoch:
             start = self._resume["position"]
         self._resume, self._position = None, start
-        for batch in self._batches(start):
+        batches = iter(self._batches(start))
+        while (batch := _next(batches)) is not None:
             self._position += 1  # before the yield: while the batch trains, it counts as taken
             yield batch
 
@@ -247,3 +248,12 @@ class Loader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last batch taken, if the next epoch asked for is that of the state."""
         self._resume = {"epoch": int(state_dict["epoch"]), "position": int(state_dict["position"])}
+
+
+def _next(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """The next batch or None; a worker's :class:`UserError` without the worker's traceback, which it carries as text."""
+    try:
+        return next(batches, None)
+    except UserError as error:
+        text = str(error).strip()
+        raise UserError(text.rpartition("Error: ")[2] or text) from None

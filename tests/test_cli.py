@@ -425,4 +425,6 @@ def test_other_ranks_follow_the_folder_of_rank_zero(toys, monkeypatch):
 
 def test_a_null_inside_a_recipe_is_null(toys):
     (toys / "named.yaml").write_text(CONFIG.replace("lenet,", "lenet, weights: somewhere.ckpt,"))
-    assert cli.main(["fit", "-c", "named.yaml", "--model.network.weights=null"]) == 0  # "None" would be sought as a file
+    assert (
+        cli.main(["fit", "-c", "named.yaml", "--model.network.weights=null"]) == 0
+    )  # "None" would be sought as a file

@@ -127,10 +127,7 @@ def test_checkpoint_of_another_number_of_classes(refused, command) -> None:
 # --- known in the middle ----------------------------------------------------------------------------------------------
 
 
-WORKER = pytest.mark.xfail(strict=True, reason="a worker's error is said together with the worker's traceback")
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=WORKER)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image(here, refused, workers) -> None:
     for label in range(3):
         for number in range(8):

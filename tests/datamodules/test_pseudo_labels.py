@@ -154,13 +154,13 @@ def test_samples_beside_the_training_set_are_labelled_too():
     assert torch.equal(batch["pseudo_label"], torch.eye(3)[batch["index"] % 3])
 
 
-@pytest.mark.parametrize("stop", [4, 6, 8])
-def test_a_run_resumed_between_rounds_equals_an_uninterrupted_one(tmp_path, stop):
-    """Rounds at the start and after epochs 2 and 4, of 3 steps: before, right after and well after the second round."""
+@pytest.mark.parametrize(("stop", "by_epoch"), [(4, False), (6, True), (6, False), (8, False)])
+def test_a_run_resumed_between_rounds_equals_an_uninterrupted_one(tmp_path, stop, by_epoch):
+    """Rounds at the start and after epochs 2 and 4, of 3 steps. At 6, a checkpoint by step comes before the round."""
 
     def run(folder, ckpt_path=None):
-        when = {"every_n_epochs": 2} if stop == 6 else {"every_n_train_steps": stop}
-        save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=stop == 6, **when)
+        when = {"every_n_epochs": 2} if by_epoch else {"every_n_train_steps": stop}
+        save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=by_epoch, **when)
         model = method()
         trainer(folder, PseudoLabeler(2), save, max_epochs=4).fit(model, blobs(), ckpt_path=ckpt_path)
         return model, read_pseudo_labels(folder / "pseudo_labels.safetensors")

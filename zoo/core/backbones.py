@@ -303,7 +303,7 @@ def create_backbone(
         WeightsError: when weights cannot be fetched, read or fitted.
     """
     own = weights == "pretrained"
-    if own and torch.get_default_device().type == "meta":
+    if own and torch.empty(0).device.type == "meta":  # `get_default_device` misses a `with` in torch 2.6
         raise WeightsError(
             "weights: 'pretrained' cannot be loaded onto the meta device; load a file or build on the CPU"
         )
