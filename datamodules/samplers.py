@@ -251,7 +251,7 @@ class Loader:
 
 
 def _next(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """The next batch or None; a worker's :class:`UserError` without the worker's traceback, which it carries as text."""
+    """The next batch or None; a worker's error without the worker's traceback, which it carries as text."""
     try:
         return next(batches, None)
     except UserError as error:

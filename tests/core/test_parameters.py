@@ -35,5 +35,5 @@ def test_decay_everywhere_is_one_group_and_the_optimizer_takes_it() -> None:
 
 
 def test_a_multiplier_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(UserError, match="begins with 'backbon'. Did you mean 'backbone'"):
+    with pytest.raises(UserError, match=r"begins with 'backbon'\. Did you mean 'backbone'"):
         parameter_groups(Net(), {"backbon": 0.1})

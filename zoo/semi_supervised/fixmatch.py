@@ -21,8 +21,8 @@ class FixMatch(SemiSupervised):
         \quad q_b = p(\alpha(u_b))
 
     :math:`\alpha` is the weak view, :math:`A` the strong one, :math:`w` and :math:`\hat q` come from the policy; no
-    gradient flows through :math:`q`. The mean runs over all :math:`\mu B` unlabeled samples, also those of weight 0. The
-    moving average of the weights is evaluated and does not label.
+    gradient flows through :math:`q`. The mean runs over all :math:`\mu B` unlabeled samples, also those of weight 0.
+    The moving average of the weights is evaluated and does not label.
 
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, strong, hidden_label (watched only)}.
 
