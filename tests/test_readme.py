@@ -13,6 +13,7 @@ from PIL import Image
 
 from zoo.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("readme")  # later blocks use what earlier ones left: one process, in order
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 SMALL = """

@@ -94,9 +94,9 @@ def test_two_rounds_reach_the_batches(tmp_path, workers):
     first = own_at_start = None
 
     class AtStart(PseudoLabeler):
-        def relabel(self, trainer, pl_module):
+        def relabel(self, trainer, pl_module, epoch=0):
             nonlocal first, own_at_start
-            super().relabel(trainer, pl_module)
+            super().relabel(trainer, pl_module, epoch)
             if self.round == 1:
                 first, own_at_start = self.probabilities, own(pl_module, trainer.datamodule)
 
