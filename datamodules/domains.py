@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,20 +33,10 @@ class DomainData(Data):
         target: the unlabelled domain.
         batch_size: source samples per process and step, together over all sources.
         target_ratio: target samples per source sample.
-        steps: optimizer steps of an epoch.
-        eval_batch_size: samples per process and step in validation, test and prediction.
-        val_size: samples held out of each domain for validation: a number, or a share of it.
-        weak: the weak view; by default a shift, with a mirror where the source allows.
         strong: the strong view; by default RandAugment and cutout, restricted for digits.
         size: height and width of all images; the first source's if not given.
         channels: 1 or 3; the first source's if not given.
-        num_workers: processes that read ahead; 0 is fastest for sources in memory.
-        seed: of splits, orders and views.
-        split: a split.json of an earlier run, to use the same samples.
-        allow_repeats: accept domains smaller than a batch.
-        views_in_workers: make views in the workers; by default for streaming sources when there are workers.
-        predict_folder: predict on all images below this folder instead of the target's test set.
-        pin_memory: page-locked batches, with workers and a GPU.
+        **kwargs: see :class:`~datamodules.base.Data`.
     """
 
     def __init__(
@@ -54,39 +45,15 @@ class DomainData(Data):
         target: Source,
         batch_size: int = 32,
         target_ratio: int = 1,
-        steps: int = 100,
-        eval_batch_size: int = 256,
-        val_size: int | float = 0.1,
-        weak: View | None = None,
         strong: View | None = None,
         size: int | None = None,
         channels: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        split: str | None = None,
-        allow_repeats: bool = False,
-        views_in_workers: bool | None = None,
-        predict_folder: str | None = None,
-        pin_memory: bool = True,
+        **kwargs: Any,
     ) -> None:
         sources = list(source) if isinstance(source, Sequence) else [source]
         if not sources:
             raise UserError("DomainData: source is an empty list")
-        super().__init__(
-            sources[0],
-            batch_size,
-            steps,
-            eval_batch_size,
-            val_size,
-            weak,
-            num_workers,
-            seed,
-            split,
-            allow_repeats,
-            views_in_workers,
-            predict_folder,
-            pin_memory,
-        )
+        super().__init__(sources[0], batch_size, **kwargs)
         if target_ratio < 1:
             raise UserError(f"DomainData: target_ratio={target_ratio} must be at least 1")
         if channels not in (None, 1, 3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,18 +33,8 @@ class SemiSupervisedData(PseudoLabels):
         batch_size: labelled samples per process and step, B.
         unlabeled_ratio: μ, unlabelled samples per labelled one.
         include_labeled: labelled samples are also among the unlabelled ones, without their labels.
-        steps: optimizer steps of an epoch.
-        eval_batch_size: samples per process and step in validation, test and prediction.
-        val_size: labelled samples held out for validation: a number, or a share of the training set.
-        weak: the weak view; by default a shift, with a mirror where the source allows.
         strong: the strong view; by default RandAugment and cutout, restricted for digits.
-        num_workers: processes that read ahead; 0 is fastest for sources in memory.
-        seed: of splits, orders and views.
-        split: a split.json of an earlier run, to use the same samples.
-        allow_repeats: accept a labelled or unlabelled set smaller than its batch.
-        views_in_workers: make views in the workers; by default for streaming sources when there are workers.
-        predict_folder: predict on all images below this folder instead of the test set.
-        pin_memory: page-locked batches, with workers and a GPU.
+        **kwargs: see :class:`~datamodules.base.Data`.
     """
 
     def __init__(
@@ -54,34 +46,10 @@ class SemiSupervisedData(PseudoLabels):
         batch_size: int = 16,
         unlabeled_ratio: int = 7,
         include_labeled: bool = True,
-        steps: int = 100,
-        eval_batch_size: int = 256,
-        val_size: int | float = 0.1,
-        weak: View | None = None,
         strong: View | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        split: str | None = None,
-        allow_repeats: bool = False,
-        views_in_workers: bool | None = None,
-        predict_folder: str | None = None,
-        pin_memory: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            source,
-            batch_size,
-            steps,
-            eval_batch_size,
-            val_size,
-            weak,
-            num_workers,
-            seed,
-            split,
-            allow_repeats,
-            views_in_workers,
-            predict_folder,
-            pin_memory,
-        )
+        super().__init__(source, batch_size, **kwargs)
         if unlabeled_ratio < 1:
             raise UserError(f"SemiSupervisedData: unlabeled_ratio={unlabeled_ratio} must be at least 1")
         self.labels_per_class = labels_per_class

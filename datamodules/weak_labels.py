@@ -40,18 +40,8 @@ class WeakLabelData(PseudoLabels):
         view: how this run's model sees every image, in training and evaluation: ``Downsample(4)`` handicaps a
             supervisor.
         batch_size: samples per process and step.
-        steps: optimizer steps of an epoch.
-        eval_batch_size: samples per process and step in validation, test and prediction.
-        val_size: labelled samples held out for validation: a number, or a share of the training set.
-        weak: view of the training images; by default a shift, with a mirror where the source allows.
-        num_workers: processes that read ahead; 0 is fastest for sources in memory.
-        seed: of splits, orders and views: the same for all runs of a comparison.
-        split: a split.json of an earlier run, to use the same samples.
-        allow_repeats: accept halves smaller than a batch.
-        views_in_workers: make views in the workers; by default for streaming sources when there are workers.
-        predict_folder: predict on all images below this folder instead.
         predict_on: ``half`` B, or the ``test`` set.
-        pin_memory: page-locked batches, with workers and a GPU.
+        **kwargs: see :class:`~datamodules.base.Data`.
 
     Source: Burns et al. 2023, arXiv 2312.09390.
     """
@@ -64,34 +54,10 @@ class WeakLabelData(PseudoLabels):
         supervisor_share: float = 0.5,
         view: View | None = None,
         batch_size: int = 64,
-        steps: int = 100,
-        eval_batch_size: int = 256,
-        val_size: int | float = 0.1,
-        weak: View | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        split: str | None = None,
-        allow_repeats: bool = False,
-        views_in_workers: bool | None = None,
-        predict_folder: str | None = None,
         predict_on: Literal["half", "test"] = "half",
-        pin_memory: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            source,
-            batch_size,
-            steps,
-            eval_batch_size,
-            val_size,
-            weak,
-            num_workers,
-            seed,
-            split,
-            allow_repeats,
-            views_in_workers,
-            predict_folder,
-            pin_memory,
-        )
+        super().__init__(source, batch_size, **kwargs)
         if role not in ("supervisor", "student", "ceiling"):
             raise UserError(f"WeakLabelData: role={role!r} must be 'supervisor', 'student' or 'ceiling'")
         if predict_on not in ("half", "test"):
