@@ -13,7 +13,6 @@ from PIL import Image
 
 from zoo.__main__ import main
 
-pytestmark = pytest.mark.xdist_group("readme")  # later blocks use what earlier ones left: one process, in order
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 SMALL = """
@@ -40,7 +39,7 @@ def blocks() -> list[tuple[str, str, str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the repository's configs and some photographs."""
     folder = tmp_path_factory.mktemp("user")
@@ -68,12 +67,16 @@ def shrink(words: list[str]) -> list[str]:
     return [*words, *small]
 
 
-@pytest.mark.parametrize(
-    ("section", "language", "what", "text"), blocks(), ids=[f"{s} {w}".replace(" ", "_") for s, _, w, _ in blocks()]
-)
-def test_block(section, language, what, text, folder, monkeypatch) -> None:
+def test_every_block_in_order(folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    for section, language, what, text in blocks():
+        print("README:", section, what)  # noqa: T201 - names the block when a later line fails
+        run_block(folder, section, language, what, text)
+
+
+def run_block(folder: Path, section: str, language: str, what: str, text: str) -> None:
+    """Write the block's file, or run its commands."""
     if what.startswith("file="):
         (folder / what[5:]).write_text(text)
     elif language == "python":
