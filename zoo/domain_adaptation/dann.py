@@ -99,10 +99,11 @@ class DANN(Method):
         reversed_features = reverse_gradient(torch.cat([source_features, target_features]), self.reversal)
         domains = self.discriminator(reversed_features)
         domains_s, domains_t = domains[: len(source_features)], domains[len(source_features) :]
-        self.observe(
-            domain_accuracy=domain_accuracy(domains_s.detach(), domains_t.detach()),
-            reversal=torch.tensor(self.reversal),
-        )
+        if self.logs_now:
+            self.observe(
+                domain_accuracy=domain_accuracy(domains_s.detach(), domains_t.detach()),
+                reversal=torch.tensor(self.reversal),
+            )
         return self.report(
             source=cross_entropy(logits, source["label"]),
             domain=self.domain_weight * domain_loss(domains_s, domains_t),  # eq. 8, minimised by D, maximised by G
