@@ -131,12 +131,17 @@ class _Part(LightningDataModule):
     def __init__(self, data: LightningDataModule, roles: tuple[str, ...]) -> None:
         super().__init__()
         self.data = data
-        self.roles = roles
+        self.names = roles
 
     @property
     def num_classes(self) -> int | None:
         """That of the whole."""
         return getattr(self.data, "num_classes", None)
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """The chosen roles."""
+        return {name: role for name, role in getattr(self.data, "roles", {}).items() if name in self.names}
 
     def setup(self, stage: str) -> None:
         self.data.trainer = self.trainer
@@ -147,12 +152,12 @@ class _Part(LightningDataModule):
         parts = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
         if not isinstance(parts, dict):  # one loader whose batches hold every role
             return loaders
-        missing = [role for role in self.roles if role not in parts]
+        missing = [role for role in self.names if role not in parts]
         if missing:
             raise UserError(
                 f"SupervisedBaseline: {type(self.data).__name__} has no role {missing[0]!r}, only {', '.join(parts)}"
             )
-        return CombinedLoader({role: parts[role] for role in self.roles}, "min_size")
+        return CombinedLoader({role: parts[role] for role in self.names}, "min_size")
 
     def val_dataloader(self) -> Any:
         return self.data.val_dataloader()

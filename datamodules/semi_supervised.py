@@ -22,7 +22,8 @@ class SemiSupervisedData(PseudoLabels):
     without labels (STL-10, SVHN extra) joins the unlabelled samples.
 
     Batch: ``labeled`` {image, label, index}, ``unlabeled`` {weak, strong, index, hidden_label, pseudo_label,
-    has_pseudo_label}. The last two are what a ``PseudoLabeler`` among the callbacks last gave, see
+    has_pseudo_label}, or other views where the method names them in ``labeled_views`` and ``unlabeled_views``: what no
+    method looks at is not made. The last two are what a ``PseudoLabeler`` among the callbacks last gave, see
     :class:`~datamodules.pseudo_labels.PseudoLabels`.
 
     Args:
@@ -72,20 +73,46 @@ class SemiSupervisedData(PseudoLabels):
         parts = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
         return Split(parts, len(labels), self.seed, self.source.name)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Load what the stage needs, and take up the views of the method that is to be trained now."""
+        super().setup(stage)
+        if stage in (None, "fit"):
+            self._roles["labeled"].views = self._views("labeled", ("image",))
+            self._roles["unlabeled"].views = self._views("unlabeled", ("weak", "strong"))
+
     def make_roles(self) -> dict[str, Role]:
         """Two roles: ``labeled`` and ``unlabeled``."""
         train = self._train(self.source)
-        weak, strong = self.default_weak(self.source), self.default_strong(self.strong, self.source)
         unlabeled: Samples = train.subset(self.parts["unlabeled"])
         extra = self.source.unlabeled()
         if extra is not None and len(extra):
             unlabeled = join(unlabeled, extra, offset=len(train))
         return {
-            "labeled": Role(train.subset(self.parts["labeled"]), self.batch_size, {"image": weak}),
+            "labeled": Role(train.subset(self.parts["labeled"]), self.batch_size, {}),
             "unlabeled": Role(
-                unlabeled, self.batch_size * self.unlabeled_ratio, {"weak": weak, "strong": strong}, hidden=True
+                unlabeled,
+                self.batch_size * self.unlabeled_ratio,
+                {},
+                hidden=True,
             ),
         }
+
+    def _views(self, role: str, default: tuple[str, ...]) -> dict[str, View]:
+        """The views that the method in training names in ``<role>_views``: every one has its own draw."""
+        method = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        names = getattr(method, f"{role}_views", default)
+        kinds = {
+            "image": self.default_weak(self.source),
+            "weak": self.default_weak(self.source),
+            "strong": self.default_strong(self.strong, self.source),
+        }
+        unknown = [name for name in names if name.partition("_")[0] not in kinds]
+        if unknown:
+            raise UserError(
+                f"{type(method).__name__}: {role}_views names {unknown[0]!r}; a view is one of {', '.join(kinds)}, "
+                "with a number where several are wanted, such as 'strong_2'"
+            )
+        return {name: kinds[name.partition("_")[0]] for name in names}
 
 
 def join(first: Samples, second: Samples, offset: int) -> Samples:

@@ -231,9 +231,11 @@ def test_values_that_the_checkpoint_overrides_are_reported(trained, capsys):
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
     capsys.readouterr()
     argv = ["test", "-c", "toy.yaml", "--ckpt_path", checkpoint]
-    assert cli.main([*argv, "--model.label_smoothing", "0.25", "--model.momentum=null"]) == 0
+    assert cli.main([*argv, "--model.decay_norms_and_biases", "true", "--model.momentum=null"]) == 0
     message = said(capsys)  # one line: what was typed as it is recorded goes unmentioned
-    assert message.startswith("zoo: model.label_smoothing: typed 0.25, checkpoint says 0.0 (the checkpoint wins")
+    assert message.startswith(
+        "zoo: model.decay_norms_and_biases: typed True, checkpoint says False (the checkpoint wins"
+    )
     assert cli.main([*argv, "--model", "own_toys.Mine", "--model.network", "Network"]) == 0
     assert "zoo: model: typed own_toys.Mine, checkpoint says zoo.Supervised" in capsys.readouterr().err
     assert cli.main(argv) == 0

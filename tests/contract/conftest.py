@@ -20,6 +20,8 @@ SHAPES = {
     "STL10": (10, 96, 3),
 }
 SAMPLES = 600
+# Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
+RANDOM: set[str] = set()
 
 
 def small_source(source: dict[str, Any]) -> dict[str, Any]:
@@ -88,3 +90,9 @@ def without_batch_norm() -> Callable[[str], None]:
         Path(file).write_text(yaml.safe_dump(config))
 
     return replace
+
+
+@pytest.fixture
+def draws() -> set[str]:
+    """Names of the methods whose steps draw random numbers."""
+    return RANDOM

@@ -1,5 +1,7 @@
 """Distribution alignment: predictions are scaled so that their long-run mean is a given prior."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +10,12 @@ from zoo.core.errors import UserError
 
 
 class Alignment(nn.Module):
-    """Base of the alignments: probabilities (B, C) → probabilities (B, C)."""
+    """Base of the alignments: probabilities (B, C) → probabilities (B, C).
 
-    def forward(self, probabilities: Tensor) -> Tensor:
+    They are handed what the policies are, see :class:`~zoo.policies.policy.Policy`.
+    """
+
+    def forward(self, probabilities: Tensor, **evidence: Any) -> Tensor:
         """Change nothing."""
         return probabilities
 
@@ -47,7 +52,7 @@ class MovingAlignment(Alignment):
         self.register_buffer("prior", frequencies / frequencies.sum())
         self.register_buffer("mean", self.prior.clone())
 
-    def forward(self, probabilities: Tensor) -> Tensor:
+    def forward(self, probabilities: Tensor, **evidence: Any) -> Tensor:
         """Aligned probabilities (B, C), rows summing to 1."""
         if self.training:
             batch_mean = mean_across_ranks(probabilities.detach().mean(dim=0)).to(self.mean.dtype)

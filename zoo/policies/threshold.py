@@ -1,24 +1,13 @@
 """Keep the predictions that are confident enough."""
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.core.errors import UserError
 from zoo.policies.alignment import Alignment
-
-
-class Policy(nn.Module):
-    """Base of the policies: logits (B, C) → targets and weights (B,) in [0, 1], both without gradient.
-
-    Targets are class indices (B,) where labels are hard, probabilities (B, C) where they are soft: torch's
-    ``cross_entropy`` takes either.
-    """
-
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The most probable class of every sample, at full weight."""
-        targets = logits.detach().argmax(dim=1)
-        return targets, targets.new_ones(targets.shape, dtype=logits.dtype)
+from zoo.policies.policy import Policy
 
 
 class Threshold(Policy):
@@ -57,8 +46,8 @@ class Threshold(Policy):
         self.threshold, self.temperature, self.soft = threshold, temperature, soft
         self.alignment = alignment(num_classes) if alignment else Alignment()
 
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, **evidence: Any) -> tuple[Tensor, Tensor]:
         """Targets (B,) or (B, C), and weights (B,) of 0 and 1."""
-        probabilities = self.alignment((logits.detach().float() / self.temperature).softmax(dim=1))
+        probabilities = self.alignment((logits.detach().float() / self.temperature).softmax(dim=1), **evidence)
         confidence, label = probabilities.max(dim=1)
         return probabilities if self.soft else label, (confidence >= self.threshold).to(logits.dtype)

@@ -57,10 +57,10 @@ class FixMatch(SemiSupervised):
         """Fit the labels, and the strong views to the confident weak views."""
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         logits, weak, strong = self.views(labeled["image"], unlabeled["weak"], unlabeled["strong"])
-        targets, weights = self.policy(weak)
+        targets, weights = self.policy(weak, **self.evidence(batch, logits))
         self.watch(unlabeled, targets, weights)
         return self.report(
-            supervised=cross_entropy(logits, labeled["label"]),  # eq. 3
+            supervised=self.criterion(logits, labeled["label"]),  # eq. 3
             unlabeled=self.unlabeled_weight
             * (weights * cross_entropy(strong, targets, reduction="none")).mean(),  # eq. 4
         )
