@@ -4,6 +4,7 @@ from callbacks.baseline import SupervisedBaseline
 from callbacks.ema_teacher import EMATeacher
 from callbacks.non_finite_guard import NonFiniteGuard, NonFiniteLoss
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.pseudo_labeler import PseudoLabeler
 from callbacks.run_summary import RunSummary
 from callbacks.throughput import Throughput
@@ -13,6 +14,7 @@ __all__ = [
     "NonFiniteGuard",
     "NonFiniteLoss",
     "PredictionWriter",
+    "PseudoLabelDiagnostics",
     "PseudoLabeler",
     "RunSummary",
     "SupervisedBaseline",

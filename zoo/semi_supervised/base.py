@@ -32,6 +32,7 @@ class SemiSupervised(Method):
 
     labeled_views: ClassVar[tuple[str, ...]] = ("image",)
     unlabeled_views: ClassVar[tuple[str, ...]] = ("weak", "strong")
+    watched: list[tuple[Tensor, Tensor, Tensor | None]] | None = None  # what `watch` is shown, where somebody looks
 
     def __init__(
         self,
@@ -98,15 +99,30 @@ class SemiSupervised(Method):
         return {"index": batch["unlabeled"].get("index"), "labeled": labeled}
 
     def watch(self, unlabeled: dict[str, Tensor], targets: Tensor, weights: Tensor) -> None:
-        """Log the share of unlabeled samples in use, and how often their targets are right where that is known."""
-        if not self.logs_now:
+        """Show a step's pseudo-labels: the only place where hidden labels are read, and nothing flows back.
+
+        Logs the share of unlabeled samples in use, and how often their targets are right where that is known. Who
+        wants to see every step sets :attr:`watched` to a list, as ``PseudoLabelDiagnostics`` does: (pseudo-labels (B,),
+        weights (B,), hidden labels (B,) or None) is added to it, on the device.
+
+        Args:
+            unlabeled: the batch; ``hidden_label`` (B,) is -1 where nobody knows it.
+            targets: classes (B,), or probabilities (B, C) whose most probable class counts.
+            weights: (B,).
+        """
+        if self.watched is None and not self.logs_now:
             return
-        values = {"utilization": weights.mean()}
-        if "hidden_label" in unlabeled:
-            classes = targets if targets.ndim == 1 else targets.argmax(dim=1)
-            right = (classes == unlabeled["hidden_label"]).to(weights.dtype)
-            values["pseudo_label_accuracy"] = (weights * right).sum() / weights.sum().clamp_min(1e-8)
-        self.observe(**values)
+        classes = targets.detach() if targets.ndim == 1 else targets.detach().argmax(dim=1)
+        weights, hidden = weights.detach(), unlabeled.get("hidden_label")
+        if self.watched is not None:
+            self.watched.append((classes, weights, hidden))
+        if self.logs_now:
+            values = {"utilization": weights.mean()}
+            if hidden is not None:
+                known = weights * (hidden >= 0).to(weights.dtype)
+                right = (classes == hidden).to(weights.dtype)
+                values["pseudo_label_accuracy"] = (known * right).sum() / known.sum().clamp_min(1e-8)
+            self.observe(**values)
 
     def baseline(self) -> Supervised:
         """The same network and optimizer on the labels alone, to be compared with."""
