@@ -267,7 +267,7 @@ def test_text(bert):
     assert network(x).shape == (2, 3)
     assert torch.equal(network(x), network.logits(network.features(x)))
     assert network.tokens(x).shape == (2, 5, 16)
-    with pytest.raises(ValueError, match="text is a dict of input_ids"):
+    with pytest.raises(ValueError, match="text is token ids"):
         network(images())
 
 

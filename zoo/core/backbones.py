@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.core.errors import UserError, suggest
+from zoo.core.text_nets import TEXT_NETS, TextNet
 from zoo.core.weights import (
     Part,
     WeightsError,
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
         num_dense_features: D of :meth:`tokens` and :meth:`dense`. It differs from ``num_features`` only where the
             library has a layer behind the pooling (MobileNetV3, VGG, the projection of CLIP).
         in_channels: channels of the image; ``None`` for text.
+        vocabulary: number of token ids, and ``pad`` the one that fills rows up; ``None`` for images.
         image_size: height and width, where only one size is possible.
         patch_size: what height and width must be multiples of, where that is so.
         classifier_names: modules of the library's own classifier, left out here.
@@ -44,6 +46,8 @@ class Backbone(nn.Module):
     num_features: int
     num_dense_features: int
     in_channels: int | None = 3
+    vocabulary: int | None = None
+    pad: int | None = None
     image_size: tuple[int, int] | None = None
     patch_size: tuple[int, int] | None = None
     classifier_names: tuple[str, ...] = ()
@@ -232,8 +236,37 @@ class OpenClipBackbone(Backbone):
         return self.tokens(x).transpose(1, 2).unflatten(2, tuple(self.model.grid_size))
 
 
+class TextBackbone(Backbone):
+    """One of our small networks on token ids (B, N) int64.
+
+    Args:
+        model: the network.
+    """
+
+    in_channels = None
+
+    def __init__(self, model: TextNet) -> None:
+        super().__init__(model)
+        self.num_features = self.num_dense_features = model.num_features
+        self.vocabulary, self.pad = model.vocabulary, model.pad
+
+    def features(self, x: Any) -> Tensor:
+        """Token ids (B, N), or a dict of ``input_ids``, to features (B, D)."""
+        return self.model(x["input_ids"] if isinstance(x, Mapping) else x)
+
+    def tokens(self, x: Any) -> Tensor:
+        """Token ids (B, N) to the vectors of their positions (B, N, D)."""
+        return self.model.tokens(x["input_ids"] if isinstance(x, Mapping) else x)
+
+    def dense(self, x: Any) -> Tensor:
+        """Text has no map."""
+        raise UserError("dense: text has no map of positions; take tokens()")
+
+
 class TransformersBackbone(Backbone):
-    """A transformers text encoder; inputs are dicts of ``input_ids`` (B, N) and ``attention_mask`` (B, N).
+    """A transformers text encoder; inputs are dicts of ``input_ids`` (B, N) and ``attention_mask`` (B, N), or the ids.
+
+    Of ids alone (B, N) int64, those that are not the model's padding count.
 
     Args:
         model: of ``AutoModel``; its pooling layer is left out, because nothing here would train it.
@@ -256,9 +289,17 @@ class TransformersBackbone(Backbone):
         self.pooling = pooling
         self.outer_prefix = f"{model.base_model_prefix}."
         self.num_features = self.num_dense_features = model.config.hidden_size
+        self.vocabulary = getattr(model.config, "vocab_size", None)
+        pad = getattr(model.config, "pad_token_id", None)
+        self.pad = 0 if pad is None else pad
 
-    def features(self, x: Mapping[str, Tensor]) -> Tensor:
+    def masked(self, x: Mapping[str, Tensor] | Tensor) -> Mapping[str, Tensor]:
+        """Ids alone get their mask."""
+        return {"input_ids": x, "attention_mask": x.ne(self.pad).long()} if isinstance(x, Tensor) else x
+
+    def features(self, x: Mapping[str, Tensor] | Tensor) -> Tensor:
         r"""Token ids to features (B, D): :math:`\sum_n m_n t_n / \sum_n m_n`, or :math:`t_1`."""
+        x = self.masked(x)
         tokens = self.tokens(x)
         if self.pooling == "cls":
             return tokens[:, 0]
@@ -268,8 +309,9 @@ class TransformersBackbone(Backbone):
         weights = mask.unsqueeze(-1).to(tokens.dtype)
         return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-    def tokens(self, x: Mapping[str, Tensor]) -> Tensor:
+    def tokens(self, x: Mapping[str, Tensor] | Tensor) -> Tensor:
         """Token ids to the last hidden state (B, N, D), padding included."""
+        x = self.masked(x)
         allowed = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
         return self.model(**{key: x[key] for key in allowed if key in x}).last_hidden_state
 
@@ -289,8 +331,8 @@ def create_backbone(
     """Build a feature extractor.
 
     Args:
-        name: a timm name (ours among them: wrn_28_2, lenet, …), "torchvision:NAME", "open_clip:MODEL[/PRETRAINED]" or
-            "hf:NAME_OR_FOLDER".
+        name: a timm name (ours among them: wrn_28_2, lenet, …), "torchvision:NAME", "open_clip:MODEL[/PRETRAINED]",
+            "hf:NAME_OR_FOLDER", or "text_cnn" and "bag_of_words" for token ids.
         weights: ``None`` (random), "pretrained" (the library's own), a file or folder, "efficientnet-lite0", or
             "hf-hub:owner/name[@revision]".
         in_channels: channels of the image, ≥ 1.
@@ -316,6 +358,13 @@ def create_backbone(
         backbone = open_clip_backbone(rest, own, in_channels, image_size, extra)
     elif library == "hf":
         backbone = transformers_backbone(rest, own, extra)
+    elif name in TEXT_NETS:
+        if own:
+            raise WeightsError(f"weights: 'pretrained', but there are none for {name}; give a file, or null")
+        try:
+            backbone = TextBackbone(TEXT_NETS[name](**extra))
+        except TypeError as error:  # an argument that it has not, or of another type
+            raise UserError(f"backbone: {name}: {error}") from error
     else:
         backbone = timm_backbone(name, own, in_channels, image_size, extra)
     if weights is not None and not own:
@@ -354,7 +403,9 @@ def timm_backbone(name: str, own: bool, in_channels: int, size: int | None, argu
     remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not remote:
         if not timm.is_model(name):
-            raise UserError(f"backbone: {name!r} is no known network.{suggest(name, timm.list_models())}")
+            raise UserError(
+                f"backbone: {name!r} is no known network.{suggest(name, [*timm.list_models(), *TEXT_NETS])}"
+            )
         config = timm.get_pretrained_cfg(name)
         if own and (config is None or not config.has_weights):
             raise WeightsError(f"weights: 'pretrained', but there are none for {name}; give a file, or null")

@@ -25,7 +25,8 @@ class Network(nn.Module):
     Args:
         num_outputs: C, ≥ 1.
         backbone: a timm name (ours among them: ``wrn_28_2``, ``lenet``, ``resnet20_cifar``, …), ``torchvision:NAME``,
-            ``open_clip:MODEL[/PRETRAINED]`` or ``hf:NAME_OR_FOLDER``.
+            ``open_clip:MODEL[/PRETRAINED]`` or ``hf:NAME_OR_FOLDER``; for token ids ``text_cnn``, ``bag_of_words``
+            (both with ``arguments: {vocabulary: 20000, width: 64}``) or ``hf:``.
         weights: ``None`` for random ones, ``pretrained`` for the library's own, a file (.safetensors, .pt, .ckpt of a
             training) or a folder, ``hf-hub:owner/name[@revision]``, or ``efficientnet-lite0``.
         head: recipe of the head, from D and C.
@@ -104,9 +105,12 @@ class Network(nn.Module):
         """
         channels, size = self.backbone.in_channels, self.backbone.image_size
         if channels is None:
-            if not isinstance(x, Mapping):
-                raise UserError(f"Network: text is a dict of input_ids and attention_mask, not {type(x).__name__}")
-            return x
+            if isinstance(x, Mapping) or (isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.int64):
+                return x
+            given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(
+                f"Network: text is token ids (B, N) int64, or a dict of input_ids and attention_mask, not {given}"
+            )
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels:
             given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(f"Network: the input has {given}, but in_channels={channels} needs (B, {channels}, H, W)")
