@@ -21,7 +21,12 @@ SHAPES = {
 }
 SAMPLES = 600
 # Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
-RANDOM: set[str] = set()
+RANDOM: set[str] = {
+    "DST",
+    "MixMatch",
+    "ReMixMatch",
+    "VAT",
+}
 
 
 def small_source(source: dict[str, Any]) -> dict[str, Any]:
