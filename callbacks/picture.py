@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
     from callbacks.run_summary import Counts
 
 Curve = tuple[list[float], list[float]]
@@ -33,37 +36,81 @@ def read_curves(path: Path) -> dict[str, Curve]:
     return curves
 
 
-def draw(path: Path, metrics: Path, counts: Counts | None, classes: Sequence[str] | None, title: str) -> None:
-    """Write ``summary.png``.
+def draw(
+    metrics: Path,
+    counts: Counts | None,
+    classes: Sequence[str] | None,
+    title: str,
+    diagnostics: PseudoLabelDiagnostics | None = None,
+) -> Figure:
+    """The picture of a run.
 
     Args:
-        path: where.
         metrics: the logger's ``metrics.csv``; may be missing.
         counts: of the last evaluation, on the CPU.
         classes: their names.
         title: of the whole.
+        diagnostics: what is known of pseudo-labels; without it, or without anything in it, there are no panels of them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels: Any = [["losses", "evaluation"], ["confusion", "reliability"]]
+    watched = diagnostics if diagnostics is not None and diagnostics.history else None
+    quality = {} if watched is None else {k: v for k, v in watched.per_class.items() if "share" not in k}
+    if watched is not None:
+        panels = [[*panels[0], "pseudo", "classes"], [*panels[1], "quality", "quality"]]
+        if not quality:
+            panels = [panels[0][:3], [*panels[1][:2], "classes"]]
     # A figure with its own canvas: pyplot would choose the process's backend.
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = Figure(figsize=(5 * len(panels[0]), 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    axes = figure.subplots(2, 2)
+    axes = figure.subplot_mosaic(panels)
     curves = read_curves(metrics)
     training = {name: curve for name, curve in curves.items() if name.startswith("train/")}
-    losses = {name: curve for name, curve in training.items() if not _is_share(name, curve)}
+    losses = {name: curve for name, curve in training.items() if not _is_share(name)}
     shares = {name: curve for name, curve in curves.items() if name.startswith(("val/", "oracle/"))}
-    shares |= {name: curve for name, curve in training.items() if name not in losses}
-    _lines(axes[0][0], losses, "training")
-    _lines(axes[0][1], shares, "evaluation")
-    _confusion(axes[1][0], counts, classes)
-    _reliability(axes[1][1], counts)
-    figure.savefig(path, dpi=110)
+    shares |= {name: curve for name, curve in training.items() if name not in losses and watched is None}
+    _lines(axes["losses"], losses, "training")
+    _lines(axes["evaluation"], shares, "evaluation")
+    _confusion(axes["confusion"], counts, classes)
+    _reliability(axes["reliability"], counts)
+    if watched is not None:
+        rows = watched.history
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "epoch")))
+        over_time = {
+            name: ([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]) for name in names
+        }
+        _lines(axes["pseudo"], over_time, "pseudo-labels")
+        axes["pseudo"].set_ylim(-0.02, 1.02)
+        shown = {"pseudo-labels": watched.per_class["share"], "hidden labels": watched.per_class.get("hidden_share")}
+        _per_class(axes["classes"], {k: v for k, v in shown.items() if v is not None}, classes, "share of the classes")
+        if quality:
+            _per_class(axes["quality"], quality, classes, "pseudo-labels per class")
+            axes["quality"].set_ylim(0, 1.02)
+    return figure
 
 
-def _is_share(name: str, curve: Curve) -> bool:
+def show(figure: Figure, loggers: Iterable[Any], step: int) -> None:
+    """Hand the picture to those loggers that take pictures: TensorBoard and W&B."""
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    wanted = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger)]
+    if not wanted:
+        return
+    import numpy as np
+
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
+    for logger in wanted:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("summary", pixels, step, dataformats="HWC")
+        else:
+            logger.log_image("summary", [pixels])
+
+
+def _is_share(name: str) -> bool:
     return "utili" in name or "accuracy" in name
 
 
@@ -108,6 +155,30 @@ def _confusion(axis: Any, counts: Counts | None, classes: Sequence[str] | None) 
                 if number:
                     colour = "white" if shares[row, column] > 0.5 else "black"
                     axis.text(column, row, number, ha="center", va="center", fontsize=7, color=colour)
+
+
+def _per_class(
+    axis: Any, values: Mapping[str, Sequence[float | None]], classes: Sequence[str] | None, title: str
+) -> None:
+    """Bars of each class, side by side; of many classes only lines, sorted by the last values."""
+    axis.set_title(title)
+    count = len(next(iter(values.values())))
+    columns = {name: [float("nan") if v is None else v for v in column] for name, column in values.items()}
+    if count > 30:
+        by = list(columns.values())[-1]
+        order = sorted(range(count), key=lambda c: -by[c] if by[c] == by[c] else 1.0)
+        for name, column in columns.items():
+            axis.plot([column[c] for c in order], label=name, linewidth=1, drawstyle="steps-mid")
+        axis.set_xlabel(f"classes, by {list(columns)[-1]}")
+    else:
+        width = 0.8 / len(columns)
+        for number, (name, column) in enumerate(columns.items()):
+            where = [c + (number - (len(columns) - 1) / 2) * width for c in range(count)]
+            axis.bar(where, column, width=width, label=name)
+        names = list(classes) if classes and len(classes) == count else [str(c) for c in range(count)]
+        axis.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize="small")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize="small")
 
 
 def _reliability(axis: Any, counts: Counts | None) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from callbacks.baseline import SupervisedBaseline, evaluate
 from callbacks.files import run_folder, write_atomically
+from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.throughput import Throughput
 from zoo.core.errors import UserError
 
@@ -28,13 +32,19 @@ class RunSummary(Callback):
     """Writes ``metrics.json`` and ``summary.png`` into the run folder and prints a table at the end.
 
     ``metrics.json`` holds ``metrics`` (name → last value; the best of every validation metric as ``best/val/…``;
-    a baseline's as ``baseline/…``), ``best`` (with step and epoch), ``throughput``, ``steps``, ``epochs``, ``seed``,
-    ``duration_seconds``, ``checkpoint``, ``environment``. A test adds its metrics to the file of the fit.
+    what the test says of the checkpoint that was best on validation as ``best/test/…``; a baseline's as
+    ``baseline/…``; the last pseudo-labels' as ``pseudo/…``), ``best`` (with step and epoch), ``best_checkpoint``,
+    ``pseudo_labels`` (per class), ``throughput``, ``steps``, ``epochs``, ``seed``, ``duration_seconds``,
+    ``checkpoint``, ``environment``. A test adds its metrics to the file of the fit.
     ``summary.png`` shows the losses, the evaluation metrics, and of the last validation (or test) the confusion matrix
-    and the reliability diagram. These two are collected as counts while the method evaluates, without another forward.
+    and the reliability diagram; these two are collected as counts while the method evaluates, without another forward.
+    Where a :class:`~callbacks.PseudoLabelDiagnostics` has seen pseudo-labels, it shows them too. The picture also goes
+    to TensorBoard and W&B, where these are among the loggers.
 
     Args:
-        test_after_fit: evaluate the last weights on the test set when training has ended (one process only).
+        test_after_fit: when training has ended (one process only), evaluate on the test set the last weights, and those
+            of the checkpoint that was best on validation where there is one and it is not the last. It was chosen by
+            the validation's samples alone.
         baseline: ``metrics.json`` of another run to show beside this one.
         picture: write ``summary.png``.
         table: print the table.
@@ -54,6 +64,8 @@ class RunSummary(Callback):
         self.counts: Counts | None = None
         self._compared: dict[str, float] = {}
         self._tested: dict[str, float] = {}
+        self._best_tested: dict[str, float] = {}
+        self._best_checkpoint: dict[str, Any] = {}
         self._folder = Path()
         self._earlier = 0.0  # seconds of training before this start
         self._began: float | None = None
@@ -66,6 +78,7 @@ class RunSummary(Callback):
         """Find the run folder while all ranks are here to agree on it."""
         self._folder = run_folder(trainer)
         self._began, self._tested, self.counts = time.perf_counter(), {}, None
+        self._best_tested, self._best_checkpoint = {}, {}
         if self.baseline is not None:
             try:
                 self._compared = _numbers(json.loads(Path(self.baseline).read_text(encoding="utf-8"))["metrics"])
@@ -141,31 +154,40 @@ class RunSummary(Callback):
             self.counts.reduce()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test the last weights, if asked and not done by the baseline."""
-        if not self.test_after_fit or trainer.fast_dev_run or _baseline(trainer) is not None:  # type: ignore[attr-defined]
+        """Test the last weights, if asked and not done by the baseline, and the best ones."""
+        if not self.test_after_fit or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.world_size > 1:
             rank_zero_warn(f"RunSummary: test_after_fit is left out with {trainer.world_size} processes; use zoo test")
-        else:
+            return
+        if _baseline(trainer) is None:
             self._tested = evaluate(trainer, pl_module)
+        self._best_checkpoint = best_checkpoint(trainer)
+        if self._best_checkpoint and self._best_checkpoint["step"] != trainer.global_step:
+            with weights_of(self._best_checkpoint["path"], pl_module):
+                self._best_tested = evaluate(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write and print, after every other callback's end."""
         if not trainer.is_global_zero or trainer.fast_dev_run or stage == "predict":  # type: ignore[attr-defined]
             return
         found = self.collect(trainer, pl_module, stage)
-        text = json.dumps(found, indent=2, sort_keys=False)
+        text = re.sub(r"\[\s+([^\[\]{}\"]+?)\s+\]", _one_line, json.dumps(found, indent=2, sort_keys=False))
         write_atomically(self._folder / "metrics.json", lambda path: _write_text(path, text + "\n"))
         if self.picture:
-            from callbacks.picture import draw
+            from callbacks.picture import draw, show
 
             for logger in trainer.loggers:
                 logger.save()
-            classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
-            write_atomically(
-                self._folder / "summary.png",
-                lambda path: draw(path, self._folder / "metrics.csv", self.counts, classes, self._title(pl_module)),
+            figure = draw(
+                self._folder / "metrics.csv",
+                self.counts,
+                getattr(getattr(trainer, "datamodule", None), "classes", None),
+                self._title(pl_module),
+                _diagnostics(trainer) if stage == "fit" else None,
             )
+            write_atomically(self._folder / "summary.png", lambda path: figure.savefig(path, dpi=110))
+            show(figure, trainer.loggers, trainer.global_step)
         if self.table:
             self._print(trainer, pl_module, found, stage)
 
@@ -198,6 +220,14 @@ class RunSummary(Callback):
             own = {name: v for name, v in self._compared.items() if not name.startswith(("best/", "baseline/"))}
             metrics.update({f"baseline/{name}": value for name, value in own.items()})
             found["baseline"] = {"file": self.baseline}
+        if self._best_checkpoint:
+            last = self._tested if baseline is None else baseline.results.get("method", {})
+            metrics.update({f"best/{name}": value for name, value in (self._best_tested or last).items()})
+            found["best_checkpoint"] = self._best_checkpoint
+        diagnostics = _diagnostics(trainer)
+        if diagnostics is not None and diagnostics.values:
+            metrics.update({f"pseudo/{name}": value for name, value in diagnostics.values.items()})
+            found["pseudo_labels"] = diagnostics.per_class
         data = getattr(trainer, "datamodule", None)
         throughput = next((c.summary for c in _callbacks(trainer) if isinstance(c, Throughput)), {})
         return {
@@ -229,23 +259,26 @@ class RunSummary(Callback):
         from rich.table import Table
 
         metrics, throughput = found["metrics"], found.get("throughput", {})
+        shown = [name for name in metrics if _shown(name, metrics)]
         others = {name.removeprefix("baseline/"): v for name, v in metrics.items() if name.startswith("baseline/")}
-        table = Table(title=self._title(pl_module), title_justify="left", show_header=bool(others))
+        best = {name: metrics[f"best/{name}"] for name in shown if f"best/{name}" in metrics}
+        if all(value == metrics[name] for name, value in best.items()):
+            best = {}
+        table = Table(title=self._title(pl_module), title_justify="left", show_header=bool(others or best))
         table.add_column("")
         table.add_column(type(pl_module).__name__, overflow="fold")
+        if best:
+            table.add_column("best on validation")
         if others:
             steps = found.get("baseline", {}).get("steps")
             table.add_column("baseline, same labels" + (f", {steps} steps" if steps else ""), overflow="fold")
 
-        def row(name: str, value: str, other: str = "") -> None:
-            table.add_row(name, value, *([other] if others else []))
+        def row(name: str, value: str) -> None:
+            cells = [f"{column[name]:.4f}" if name in column else "" for column in (best, others) if column]
+            table.add_row(name, value, *cells)
 
-        for name, value in metrics.items():
-            if name.startswith(("best/", "baseline/")) or (name.startswith("train/") and not _shown(name)):
-                continue
-            best = metrics.get(f"best/{name}")
-            text = f"{value:.4f}" + (f" (best {best:.4f})" if best is not None and best != value else "")
-            row(name, text, f"{others[name]:.4f}" if name in others else "")
+        for name in shown:
+            row(name, f"{metrics[name]:.4f}")
         if stage == "fit" and throughput:
             row("images/s", f"{throughput['images_per_second']:,.0f}")
             row("waiting for data", f"{throughput['data_wait']:.1%}")
@@ -332,12 +365,56 @@ def _baseline(trainer: Trainer) -> SupervisedBaseline | None:
     return next((callback for callback in _callbacks(trainer) if isinstance(callback, SupervisedBaseline)), None)
 
 
+def _diagnostics(trainer: Trainer) -> PseudoLabelDiagnostics | None:
+    found = (callback for callback in _callbacks(trainer) if isinstance(callback, PseudoLabelDiagnostics))
+    return next((callback for callback in found if callback.history), None)
+
+
+def best_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """``path``, ``step`` and ``epoch`` of the checkpoint that was best by a validation metric (``monitor``, ``value``).
+
+    Empty where there is none; one that was chosen by labels which a user would not have (``oracle/…``) does not count.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        path, monitor = getattr(callback, "best_model_path", ""), getattr(callback, "monitor", None)
+        if not path or not Path(path).is_file() or not monitor or monitor.startswith(("oracle", "test", "train")):
+            continue
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        score = getattr(callback, "best_model_score", None)
+        return {
+            "path": str(path),
+            "step": int(content["global_step"]),
+            "epoch": int(content["epoch"]),
+            "monitor": monitor,
+            "value": None if score is None else float(score),
+        }
+    return {}
+
+
+@contextmanager
+def weights_of(path: str, module: LightningModule) -> Iterator[None]:
+    """The module with the weights of a checkpoint; afterwards it has its own again, bit for bit."""
+    own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in module.state_dict().items()}
+    try:
+        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["state_dict"])
+        yield
+    finally:
+        module.load_state_dict(own)
+
+
 def _numbers(values: Any) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float | Tensor)}
 
 
-def _shown(name: str) -> bool:
-    return name == "train/loss" or "utili" in name or name.endswith("pseudo_label_accuracy")
+def _shown(name: str, metrics: dict[str, float]) -> bool:
+    """Whether the table has a row for it: what the last steps say about pseudo-labels only where no report does."""
+    if name.startswith(("best/", "baseline/")):
+        return False
+    if name.startswith("pseudo/"):
+        return name in ("pseudo/utilization", "pseudo/accuracy")
+    if name == "train/utilization" or name.endswith("pseudo_label_accuracy"):
+        return "pseudo/utilization" not in metrics
+    return not name.startswith("train/") or name == "train/loss" or "utili" in name
 
 
 def _checkpoints(trainer: Trainer) -> dict[str, str]:
@@ -364,6 +441,10 @@ def _environment(trainer: Trainer) -> dict[str, str]:
     else:
         found["device"] = device.type
     return found
+
+
+def _one_line(numbers: re.Match[str]) -> str:
+    return "[" + re.sub(r"\s+", " ", numbers[1]) + "]"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from callbacks import EMATeacher, RunSummary, Throughput
-from callbacks.picture import read_curves
-from callbacks.run_summary import Counts
+from callbacks import EMATeacher, PseudoLabelDiagnostics, RunSummary, SupervisedBaseline, Throughput
+from callbacks.picture import draw, read_curves, show
+from callbacks.run_summary import Counts, weights_of
+from zoo.core.checkpoint_io import RunCheckpoint
 from zoo.core.errors import UserError
 
 
@@ -145,3 +146,152 @@ def test_curves_skip_gaps_and_torn_rows(tmp_path) -> None:
 def test_nothing_is_written_by_a_dry_run(method, points, trainer, tmp_path) -> None:
     trainer(RunSummary(), fast_dev_run=True).fit(method(), points())
     assert list(tmp_path.iterdir()) == []
+
+
+class Spoil(Callback):
+    """From the third epoch on, weights that are wrong about most: the second epoch stays the best."""
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch >= 2:
+            with torch.no_grad():
+                pl_module.network.norm.weight.mul_(-1)
+                pl_module.network.norm.bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = 0.0
+
+
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_last_and_best_are_tested(method, points, trainer, tmp_path, capsys, with_baseline) -> None:
+    saver = RunCheckpoint(str(tmp_path / "checkpoints"))
+    model, summary, data = method(), RunSummary(test_after_fit=True), points()
+    more = [SupervisedBaseline(max_steps=2)] if with_baseline else []
+    run = trainer(Spoil(), summary, saver, *more, max_epochs=3, enable_checkpointing=True)
+    run.fit(model, data)
+    found = read(tmp_path)
+    metrics, best = found["metrics"], found["best_checkpoint"]
+    assert metrics["test/accuracy"] == metrics["val/accuracy"] == pytest.approx(1 / 3)  # the sets are equal
+    assert metrics["best/test/accuracy"] == metrics["best/val/accuracy"] == pytest.approx(best["value"])
+    assert metrics["best/test/accuracy"] > 0.5
+    assert best["step"] in (6, 12)
+    assert best["monitor"] == "val/accuracy"
+    # what is tested are the checkpoint's weights, and the run keeps its own
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
+    assert model.trainer is run
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    baseline = [f"{metrics['baseline/test/accuracy']:.4f}"] if with_baseline else []
+    assert ["", "test/accuracy", "0.3333", f"{metrics['best/test/accuracy']:.4f}", *baseline, ""] in rows
+    with weights_of(best["path"], model):
+        trainer(logger=False).test(model, data, verbose=False)
+        assert float(model.trainer.callback_metrics["test/accuracy"]) == pytest.approx(metrics["best/test/accuracy"])
+    assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
+
+
+def test_the_best_is_the_last(method, points, trainer, tmp_path, monkeypatch) -> None:
+    from callbacks import run_summary
+
+    calls = []
+    original = run_summary.evaluate
+    monkeypatch.setattr(run_summary, "evaluate", lambda *a: (calls.append(1), original(*a))[1])
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "best", monitor="val/accuracy", mode="max")
+    trainer(RunSummary(test_after_fit=True), saver, enable_checkpointing=True).fit(method(), points())
+    metrics = read(tmp_path)["metrics"]
+    assert len(calls) == 1  # one epoch: the same weights are not tested twice
+    assert metrics["best/test/accuracy"] == metrics["test/accuracy"]
+
+
+def test_no_best_without_a_validation(method, points, trainer, tmp_path) -> None:
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "last")  # without a metric "best" only means newest
+    summary = RunSummary(test_after_fit=True)
+    trainer(summary, saver, limit_val_batches=0, enable_checkpointing=True).fit(method(), points())
+    found = read(tmp_path)
+    assert "test/accuracy" in found["metrics"]
+    assert not [name for name in found["metrics"] if name.startswith("best/")]
+    assert "best_checkpoint" not in found
+
+
+def test_a_choice_by_hidden_labels_is_not_called_the_best(method, points, trainer, tmp_path) -> None:
+    class Oracle(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            pl_module.log("oracle/accuracy", 1.0 - 0.1 * trainer.current_epoch)
+
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "best", monitor="oracle/accuracy", mode="max")
+    run = trainer(Oracle(), RunSummary(test_after_fit=True), saver, max_epochs=2, enable_checkpointing=True)
+    run.fit(method(), points())
+    assert "best/test/accuracy" not in read(tmp_path)["metrics"]
+
+
+def report(classes: int, hidden: bool = True, threshold: bool = False) -> PseudoLabelDiagnostics:
+    diagnostics = PseudoLabelDiagnostics()
+    share = torch.rand(classes).tolist()
+    diagnostics.per_class = {"share": share}
+    values = {"utilization": 0.5}
+    if hidden:
+        diagnostics.per_class |= {"hidden_share": share, "precision": [None, *share[1:]], "recall": share}
+        values["accuracy"] = 0.25
+    if threshold:
+        diagnostics.per_class["threshold"] = share
+        values["threshold"] = 0.75
+    diagnostics.history = [{"step": 6 * i, "epoch": i, **values} for i in range(1, 4)]
+    return diagnostics
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_panels_of_pseudo_labels_where_there_are_any(tmp_path, classes) -> None:
+    def titles(diagnostics) -> set[str]:
+        figure = draw(tmp_path / "metrics.csv", None, None, "title", diagnostics)
+        figure.savefig(tmp_path / "x.png")
+        return {axis.get_title() for axis in figure.axes}
+
+    always = {"training", "evaluation", "confusion matrix", "reliability"}
+    assert titles(None) == titles(PseudoLabelDiagnostics()) == always
+    some = {*always, "pseudo-labels", "share of the classes"}
+    assert titles(report(classes, hidden=False)) == some
+    assert titles(report(classes)) == titles(report(classes, False, True)) == {*some, "pseudo-labels per class"}
+    figure = draw(tmp_path / "metrics.csv", None, None, "title", report(classes, threshold=True))
+    legends = {axis.get_title(): axis.get_legend_handles_labels()[1] for axis in figure.axes}
+    assert legends["pseudo-labels"] == ["accuracy", "threshold", "utilization"]
+    assert legends["pseudo-labels per class"] == ["precision", "recall", "threshold"]
+    assert legends["share of the classes"] == ["pseudo-labels", "hidden labels"]
+
+
+def test_pseudo_labels_in_file_and_table(method, points, trainer, tmp_path, capsys) -> None:
+    diagnostics = report(1000)
+    diagnostics.on_train_start = lambda *a: None
+    trainer(RunSummary(picture=False), diagnostics).fit(method(), points())
+    found = read(tmp_path)
+    assert found["metrics"]["pseudo/utilization"] == 0.5
+    assert found["pseudo_labels"] == diagnostics.per_class
+    assert len((tmp_path / "metrics.json").read_text().splitlines()) < 100  # a list of numbers is one line
+    shown = capsys.readouterr().out
+    assert "pseudo/accuracy" in shown
+    trainer(RunSummary(picture=False)).fit(method(), points())
+    assert "pseudo_labels" not in read(tmp_path)
+
+
+def test_loggers_that_take_pictures_get_it(tmp_path) -> None:
+    taken = []
+
+    class Board(TensorBoardLogger):
+        def __init__(self) -> None:
+            pass
+
+        @property
+        def experiment(self):
+            return self
+
+        def add_image(self, tag, pixels, step, dataformats) -> None:
+            taken.append((tag, pixels.shape, step, dataformats))
+
+    class Weights(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        def log_image(self, key, images) -> None:
+            taken.append((key, images[0].shape))
+
+    figure = draw(tmp_path / "metrics.csv", None, None, "title")
+    show(figure, [CSVLogger(tmp_path)], 3)
+    assert taken == []
+    show(figure, [Board(), Weights()], 3)
+    assert taken == [("summary", (800, 1000, 3), 3, "HWC"), ("summary", (800, 1000, 3))]
