@@ -1,7 +1,48 @@
 """Pseudo-labels: from the logits of unlabeled samples to targets and weights."""
 
-from zoo.policies.alignment import Alignment, MovingAlignment
+from zoo.policies.adaptive import SelfAdaptiveThreshold
+from zoo.policies.alignment import Alignment, LabeledAlignment, MovingAlignment, QueueAlignment
+from zoo.policies.dash import DynamicThreshold
+from zoo.policies.debiased import DebiasedThreshold
+from zoo.policies.flexible import FlexibleThreshold
 from zoo.policies.policy import Policy
+from zoo.policies.relative import RelativeThreshold
+from zoo.policies.selection import (
+    Balanced,
+    ClassAdaptive,
+    ConfidenceThreshold,
+    Curriculum,
+    Debiased,
+    MeanVote,
+    MostConfident,
+    RandomSubset,
+    Selection,
+)
 from zoo.policies.threshold import Threshold
+from zoo.policies.transductive import TransductiveBound
+from zoo.policies.truncated_gaussian import TruncatedGaussian
 
-__all__ = ["Alignment", "MovingAlignment", "Policy", "Threshold"]
+__all__ = [
+    "Alignment",
+    "Balanced",
+    "ClassAdaptive",
+    "ConfidenceThreshold",
+    "Curriculum",
+    "Debiased",
+    "DebiasedThreshold",
+    "DynamicThreshold",
+    "FlexibleThreshold",
+    "LabeledAlignment",
+    "MeanVote",
+    "MostConfident",
+    "MovingAlignment",
+    "Policy",
+    "QueueAlignment",
+    "RandomSubset",
+    "RelativeThreshold",
+    "Selection",
+    "SelfAdaptiveThreshold",
+    "Threshold",
+    "TransductiveBound",
+    "TruncatedGaussian",
+]
