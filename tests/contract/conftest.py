@@ -22,7 +22,9 @@ SHAPES = {
 SAMPLES = 600
 # Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
 RANDOM: set[str] = {
+    "DMixMatch",
     "DST",
+    "DecoupledMixup",
     "MixMatch",
     "ReMixMatch",
     "VAT",
@@ -92,6 +94,8 @@ def without_batch_norm() -> Callable[[str], None]:
             arguments = config["model"]["init_args"][key]["init_args"]
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
+        if config["model"]["class_path"] == "ShrinkMatch":
+            config["model"]["init_args"]["auxiliary"] = {"class_path": "MLP"}
         Path(file).write_text(yaml.safe_dump(config))
 
     return replace

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo.core.batch_norm import frozen_batch_norm
 from zoo.core.errors import UserError
+from zoo.core.method import Method
 from zoo.core.schedules import linear_ramp
 from zoo.semi_supervised.base import SemiSupervised
 
@@ -57,7 +58,7 @@ class Consistency(SemiSupervised):
             return [logits, *self.together(learning, watched)]
 
 
-def require_pixels(method: SemiSupervised, *inputs: Any) -> None:
+def require_pixels(method: Method, *inputs: Any) -> None:
     """Refuse inputs that cannot be added to each other or moved a little.
 
     Raises:
