@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -68,14 +69,24 @@ class EMA(Frozen):
     def update(self, student: nn.Module) -> None:
         """Move one step towards ``student``, which must have the layout of the copied module."""
         theirs, buffers, ours, our_buffers = self._pairs(student)
-        if self._count is None:
-            self._count = int(self.updates)
-        momentum = min(self.momentum, (1 + self._count) / (10 + self._count)) if self.warmup else self.momentum
-        torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
+        torch._foreach_lerp_(ours, theirs, 1.0 - self._momentum_now())
         if buffers:
             torch._foreach_copy_(our_buffers, buffers)
-        self._count += 1
+        self._count = (self._count or 0) + 1
         self.updates += 1
+
+    @torch.no_grad()
+    def approach(self, parameters: Sequence[Tensor]) -> None:
+        """Move one step towards ``parameters``, in the order of the module's own, such as those of a student to come.
+
+        Only the weights move: buffers stay, and the step is not counted.
+        """
+        torch._foreach_lerp_(list(self.module.parameters()), list(parameters), 1.0 - self._momentum_now())
+
+    def _momentum_now(self) -> float:
+        if self._count is None:
+            self._count = int(self.updates)
+        return min(self.momentum, (1 + self._count) / (10 + self._count)) if self.warmup else self.momentum
 
     def _pairs(self, student: nn.Module) -> tuple[list[Any], ...]:
         """Matching tensors of both sides; collecting them anew at every step would cost more than the update."""

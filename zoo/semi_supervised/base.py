@@ -141,25 +141,32 @@ class SemiSupervised(Method):
 class TeacherStudent(SemiSupervised):
     """Base of methods whose targets come from the average of the weights.
 
-    The step is cut in three, so that a strategy such as :class:`~zoo.semi_supervised.fst.FST` can ask each part by
-    itself: what the student says, what the teacher says, and the loss terms of the two.
+    The step is cut in parts, so that a strategy such as :class:`~zoo.semi_supervised.fst.FST` can ask each by itself:
+    what the student says, what the teacher asks of it, and what is to be learned from the two.
     """
 
     def student(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, ...]:
         """What the student makes of the batch, with a gradient."""
         raise NotImplementedError
 
-    def targets(self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the teacher asks of it, without a gradient."""
+    def targets(self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """What the teacher asks of it, without a gradient: targets (B,) or (B, C), and their weights (B,)."""
         raise NotImplementedError
 
     def losses(
-        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]
+        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """The loss terms by name: ``supervised``, and those that depend on the targets."""
         raise NotImplementedError
 
+    def learn(
+        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The loss of a step: the targets are shown, the terms summed and logged."""
+        self.watch(batch["unlabeled"], *targets)
+        return self.report(**self.losses(batch, outputs, targets))
+
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """The student learns what the teacher says."""
         outputs = self.student(batch)
-        return self.report(**self.losses(batch, outputs, self.targets(batch, outputs)))
+        return self.learn(batch, outputs, self.targets(batch, outputs))
