@@ -28,6 +28,7 @@ class Unlabeled(TypedDict):
     index: Tensor  # (B,)
     hidden_label: Tensor  # (B,) only for evaluation
     pseudo_label: Tensor  # (B, classes) of the last round of a PseudoLabeler, zeros where there is none
+    pseudo_label_weight: Tensor  # (B,) in [0, 1], 0 where there is none
     has_pseudo_label: Tensor  # (B,) bool
 
 
@@ -60,6 +61,7 @@ class WeaklyLabeled(TypedDict):
     index: Tensor
     hidden_label: Tensor
     pseudo_label: Tensor  # (B, classes), zeros where there is none
+    pseudo_label_weight: Tensor  # (B,) in [0, 1], 0 where there is none
     has_pseudo_label: Tensor  # (B,) bool
 
 

@@ -19,7 +19,7 @@ from datamodules import (
 from datamodules.base import Data
 from datamodules.transforms import Downsample, Identity, Strong, Weak
 
-PSEUDO = {"pseudo_label", "has_pseudo_label"}
+PSEUDO = {"pseudo_label", "pseudo_label_weight", "has_pseudo_label"}
 UNLABELED = {"weak", "strong", "index", "hidden_label", *PSEUDO}
 
 
