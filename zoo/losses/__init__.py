@@ -15,6 +15,7 @@ from zoo.losses.distillation import distillation_loss
 from zoo.losses.entropy import entropy
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.rotation import quarter_turns
+from zoo.losses.shrink import shrink_loss, shrunk_space
 from zoo.losses.squared_error import squared_error
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
 from zoo.losses.worst_case import worst_case_loss
@@ -40,6 +41,8 @@ __all__ = [
     "quarter_turns",
     "rescale",
     "sharpen",
+    "shrink_loss",
+    "shrunk_space",
     "soft_cross_entropy",
     "squared_error",
     "virtual_adversarial_direction",
