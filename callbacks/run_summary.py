@@ -259,7 +259,9 @@ class RunSummary(Callback):
         from rich.table import Table
 
         metrics, throughput = found["metrics"], found.get("throughput", {})
+        groups = ("val/", "test/")  # the others come after them, in their own order
         shown = [name for name in metrics if _shown(name, metrics)]
+        shown.sort(key=lambda name: next((i for i, group in enumerate(groups) if name.startswith(group)), len(groups)))
         others = {name.removeprefix("baseline/"): v for name, v in metrics.items() if name.startswith("baseline/")}
         best = {name: metrics[f"best/{name}"] for name in shown if f"best/{name}" in metrics}
         if all(value == metrics[name] for name, value in best.items()):

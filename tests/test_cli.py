@@ -408,9 +408,46 @@ def test_default_callbacks_are_added_once(toys, monkeypatch):
 def test_named_logger_and_plugins_are_respected(toys, monkeypatch):
     typed = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"]
     trainer = trainer_of(monkeypatch, "fit", "-c", "toy.yaml", *typed)
-    assert type(trainer.logger).__name__ == "CSVLogger"
-    assert trainer.logger.save_dir == "elsewhere"
+    assert [type(logger).__name__ for logger in trainer.loggers] == ["RunLogger", "CSVLogger"]
+    assert trainer.loggers[1].save_dir == "elsewhere"
     assert type(trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
+    assert trainer_of(monkeypatch, "fit", "-c", "toy.yaml", "--trainer.logger=false").loggers == []
+
+
+def test_a_run_keeps_its_folder_beside_tensorboard(toys, monkeypatch):
+    """TensorBoardLogger itself, on a writer that only notes what it is given."""
+    import lightning.fabric.loggers.tensorboard as boards
+
+    seen = {"scalars": set(), "images": []}
+
+    class SummaryWriter:
+        def __init__(self, **_):
+            pass
+
+        def add_scalar(self, name, value, step):
+            seen["scalars"].add(name)
+
+        def add_image(self, name, pixels, step, dataformats):
+            seen["images"].append((name, step, pixels.shape[2]))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    module = type(sys)("tensorboardX")
+    module.SummaryWriter = SummaryWriter
+    hyperparameters = type(sys)("tensorboardX.summary")
+    hyperparameters.hparams = lambda *_: (None, None, None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    monkeypatch.setitem(sys.modules, "tensorboardX.summary", hyperparameters)
+    monkeypatch.setattr(boards, "_TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr(boards, "_TENSORBOARDX_AVAILABLE", True)
+    typed = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=boards", "--trainer.log_every_n_steps=1"]
+    assert cli.main(["fit", "-c", "toy.yaml", *typed]) == 0
+    assert {"train/loss", "val/accuracy", "throughput/data_wait"} <= seen["scalars"]
+    assert seen["images"] == [("summary", 4, 3)]
+    found = {path.name for path in Path("runs/toy").iterdir()}
+    assert found >= {"checkpoints", "config.yaml", "metrics.csv", "metrics.json", "summary.png"}
+    assert not list(Path("boards").rglob("*.ckpt"))
 
 
 def test_other_ranks_follow_the_folder_of_rank_zero(toys, monkeypatch):

@@ -198,9 +198,13 @@ class ZooCLI(LightningCLI):
         config["callbacks"] = [*named, *self._default_callbacks(named, config), self.stage]
         if self.folder is not None:
             config["default_root_dir"] = str(self.folder)
-        if config.get("logger") in (None, True):
-            keep = self.subcommand == "fit" and self.folder is not None
-            config["logger"] = run_folder.RunLogger(self.folder) if keep and self.folder else False
+        given = config.get("logger")
+        if given is not False:
+            others = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
+            if self.subcommand == "fit" and self.folder is not None:
+                # First, because Lightning asks the first logger where the run's files go.
+                others = [run_folder.RunLogger(self.folder), *others]
+            config["logger"] = others or False
         plugins = config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
