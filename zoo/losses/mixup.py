@@ -21,7 +21,10 @@ def mixing_shares(count: int, alpha: float, dominant: bool = True) -> Tensor:
     """
     if alpha <= 0.0:
         return torch.ones(count)
-    lam = torch.distributions.Beta(alpha, alpha).sample((count,))
+    # a ratio of two Gamma(α) draws, by their logarithms: for small α both underflow, and torch's own Beta gives 1/2
+    draws = torch.distributions.Gamma(alpha + 1.0, 1.0).sample((2, count)).log()
+    draws = draws - torch.empty(2, count).exponential_() / alpha
+    lam = torch.sigmoid(draws[0] - draws[1])
     return torch.maximum(lam, 1.0 - lam) if dominant else lam
 
 

@@ -30,7 +30,7 @@ class VAT(Consistency):
 
     Args:
         epsilon: ε ≥ 0, in units of the normalised input; the main thing to choose.
-        xi: ξ > 0, the step that feels the curvature; the paper's 1e-6 drowns in 32-bit rounding.
+        xi: ξ > 0, the step that feels the curvature; 1e-6, as in released codes, drowns in 32-bit rounding.
         iterations: of the power method, ≥ 1.
         entropy_weight: :math:`\lambda_e` ≥ 0, not ramped; the paper's "VAT+EntMin" has 1.
         unlabeled_weight: λ ≥ 0; 0.3 as in the code of Oliver et al. 2018 (arXiv 1804.09170), 1 in the paper.
@@ -54,7 +54,7 @@ class VAT(Consistency):
     def __init__(
         self,
         epsilon: float = 6.0,
-        xi: float = 1e-2,
+        xi: float = 0.03,
         iterations: int = 1,
         entropy_weight: float = 0.06,
         unlabeled_weight: float = 0.3,
