@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import Role
-from datamodules.pseudo_labels import PseudoLabels
+from datamodules.pseudo_labels import PseudoLabels, read_pseudo_labels
 from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples
 from datamodules.splits import Split
 from datamodules.transforms import View
@@ -35,6 +35,8 @@ class SemiSupervisedData(PseudoLabels):
         unlabeled_ratio: μ, unlabelled samples per labelled one.
         include_labeled: labelled samples are also among the unlabelled ones, without their labels.
         strong: the strong view; by default RandAugment and cutout, restricted for digits.
+        pseudo_labels: labels for the unlabelled samples that an earlier run wrote: ``pseudo_labels.safetensors`` of a
+            ``PseudoLabeler``, or the predictions of ``zoo predict``. They hold until a ``PseudoLabeler`` gives others.
         **kwargs: see :class:`~datamodules.base.Data`.
     """
 
@@ -48,6 +50,7 @@ class SemiSupervisedData(PseudoLabels):
         unlabeled_ratio: int = 7,
         include_labeled: bool = True,
         strong: View | None = None,
+        pseudo_labels: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(source, batch_size, **kwargs)
@@ -59,6 +62,7 @@ class SemiSupervisedData(PseudoLabels):
         self.unlabeled_ratio = unlabeled_ratio
         self.include_labeled = include_labeled
         self.strong = strong
+        self.pseudo_labels = pseudo_labels
 
     @property
     def pseudo_label_role(self) -> str:
@@ -79,6 +83,8 @@ class SemiSupervisedData(PseudoLabels):
         if stage in (None, "fit"):
             self._roles["labeled"].views = self._views("labeled", ("image",))
             self._roles["unlabeled"].views = self._views("unlabeled", ("weak", "strong"))
+            if self.pseudo_labels is not None and self._labels is None:
+                self.set_pseudo_labels(*read_pseudo_labels(self.pseudo_labels, self.num_classes))
 
     def make_roles(self) -> dict[str, Role]:
         """Two roles: ``labeled`` and ``unlabeled``."""
