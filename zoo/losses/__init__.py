@@ -1,6 +1,7 @@
 """Losses as pure functions: shapes and equations are in their docstrings."""
 
 from zoo.losses.adversarial import domain_accuracy, domain_loss
+from zoo.losses.annealing import annealed_cross_entropy, annealing_threshold, mean_of_kept
 from zoo.losses.confidence import confidence_ramp, harden, soft_cross_entropy
 from zoo.losses.cutmix import blend, boxes, cutmix
 from zoo.losses.decoupled_mixup import (
@@ -11,8 +12,12 @@ from zoo.losses.decoupled_mixup import (
     mixed_targets,
     rescale,
 )
+from zoo.losses.dice import dice_loss, self_adjusting_dice_loss
 from zoo.losses.distillation import distillation_loss
 from zoo.losses.entropy import entropy
+from zoo.losses.fairness import fairness_loss
+from zoo.losses.focal import focal_loss
+from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.rotation import quarter_turns
 from zoo.losses.shrink import shrink_loss, shrunk_space
@@ -21,6 +26,9 @@ from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direc
 from zoo.losses.worst_case import worst_case_loss
 
 __all__ = [
+    "adjust_logits",
+    "annealed_cross_entropy",
+    "annealing_threshold",
     "blend",
     "boxes",
     "confidence_ramp",
@@ -29,17 +37,22 @@ __all__ = [
     "decoupled_cross_entropy",
     "decoupled_regularizer",
     "decoupled_terms",
+    "dice_loss",
     "distillation_loss",
     "divergence",
     "domain_accuracy",
     "domain_loss",
     "entropy",
+    "fairness_loss",
+    "focal_loss",
     "harden",
+    "mean_of_kept",
     "mix",
     "mixed_targets",
     "mixing_shares",
     "quarter_turns",
     "rescale",
+    "self_adjusting_dice_loss",
     "sharpen",
     "shrink_loss",
     "shrunk_space",
