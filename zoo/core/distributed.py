@@ -31,3 +31,17 @@ def gather_across_ranks(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Rows of every rank as :func:`gather_across_ranks` gives them; gradient flows into this rank's own.
+
+    For a loss over pairs of samples that every rank computes over all rows. The gradient is multiplied by the number of
+    ranks, so that the mean over ranks, which is what DDP takes, is the gradient of one process on the joint batch.
+    """
+    if world_size() == 1:
+        return x
+    rows = gather_across_ranks(x)
+    own = torch.arange(len(rows), device=x.device) // len(x) == dist.get_rank()
+    grown = (world_size() * x).repeat(world_size(), *[1] * (x.ndim - 1))
+    return rows + own.view(-1, *[1] * (x.ndim - 1)) * (grown - grown.detach())
