@@ -6,8 +6,10 @@ costs its training and no more; what has finished is not run again.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -36,7 +38,6 @@ def train(config: Path, setting: str, seed: int, folder: Path, threads: int, cha
 
     from zoo import cli
 
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -45,6 +46,12 @@ def train(config: Path, setting: str, seed: int, folder: Path, threads: int, cha
         arguments += ["--seed_everything", str(seed), "--data.seed", str(seed)]
         code = cli.main([*arguments, "--trainer.default_root_dir", str(folder), "--trainer.accelerator=cpu", *changes])
     os._exit(code)
+
+
+def digest(config: Path, setting: str, changes: list[str]) -> str:
+    """What a run is made from: another config or setting makes another run."""
+    content = [config.read_text(), (SETTINGS / f"{setting}.yaml").read_text(), *changes]
+    return hashlib.sha256("\0".join(content).encode()).hexdigest()
 
 
 def finished(folder: Path) -> dict[str, float] | None:
@@ -61,7 +68,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[Path, str, int, Path]]
         for setting in arguments.settings:
             for config in arguments.configs:
                 folder = folder_of(arguments.runs, setting, config, seed)
-                if finished(folder) is None:
+                made_from, wanted = folder / "made_from", digest(config, setting, arguments.changes)
+                if finished(folder) is None or not made_from.is_file() or made_from.read_text() != wanted:
                     yield config, setting, seed, folder
 
 
@@ -77,8 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     for config, setting, seed, folder in [*jobs(arguments)]:
         while len([p for p in running if p[0].is_alive()]) >= arguments.jobs:
             time.sleep(0.2)
-        for partial in folder.glob("checkpoints/*.ckpt"):
-            partial.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "made_from").write_text(digest(config, setting, arguments.changes))
         process = context.Process(
             target=train, args=(config, setting, seed, folder, arguments.threads, arguments.changes)
         )
