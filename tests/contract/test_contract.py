@@ -130,7 +130,7 @@ def test_trains_averages_and_reloads(config, tmp_path) -> None:
     assert type(loaded) is type(method)
     same(method, loaded)
     batch = next(iter(capture.batches[0].values()))
-    x = batch.get("image", batch.get("weak"))
+    x = batch.get("image", batch.get("weak", batch.get("strong")))
     assert torch.equal(method.eval()(x), loaded.eval()(x))
 
 
