@@ -17,16 +17,19 @@ from zoo.losses.distillation import distillation_loss
 from zoo.losses.entropy import entropy
 from zoo.losses.fairness import fairness_loss
 from zoo.losses.focal import focal_loss
+from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_label_graph
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.rotation import quarter_turns
 from zoo.losses.shrink import shrink_loss, shrunk_space
+from zoo.losses.similarity import aggregate, inner_products, instance_similarity_loss, similarities, unfold
 from zoo.losses.squared_error import squared_error
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
 from zoo.losses.worst_case import worst_case_loss
 
 __all__ = [
     "adjust_logits",
+    "aggregate",
     "annealed_cross_entropy",
     "annealing_threshold",
     "blend",
@@ -45,19 +48,26 @@ __all__ = [
     "entropy",
     "fairness_loss",
     "focal_loss",
+    "graph_contrastive_loss",
     "harden",
+    "inner_products",
+    "instance_similarity_loss",
     "mean_of_kept",
+    "memory_smoothing",
     "mix",
     "mixed_targets",
     "mixing_shares",
+    "pseudo_label_graph",
     "quarter_turns",
     "rescale",
     "self_adjusting_dice_loss",
     "sharpen",
     "shrink_loss",
     "shrunk_space",
+    "similarities",
     "soft_cross_entropy",
     "squared_error",
+    "unfold",
     "virtual_adversarial_direction",
     "virtual_adversarial_loss",
     "worst_case_loss",
