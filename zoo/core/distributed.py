@@ -19,6 +19,18 @@ def sum_across_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """Sum of ``x`` over ranks, equal on every rank, with a gradient.
+
+    For what is not linear in the batch. The gradient of a rank's own part is multiplied by the number of ranks, so that
+    the mean over ranks, which is what DDP takes, is the gradient of one process on the joint batch.
+    """
+    if world_size() == 1:
+        return x
+    own = world_size() * x
+    return own + (sum_across_ranks(x) - own).detach()
+
+
 def mean_across_ranks(x: Tensor) -> Tensor:
     """Mean of ``x`` over ranks, equal on every rank. No gradient flows through it."""
     return sum_across_ranks(x) / world_size() if world_size() > 1 else x

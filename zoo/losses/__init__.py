@@ -25,6 +25,7 @@ from zoo.losses.shrink import shrink_loss, shrunk_space
 from zoo.losses.similarity import aggregate, inner_products, instance_similarity_loss, similarities, unfold
 from zoo.losses.squared_error import squared_error
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
+from zoo.losses.weighted import weighted_mean
 from zoo.losses.worst_case import worst_case_loss
 
 __all__ = [
@@ -70,5 +71,6 @@ __all__ = [
     "unfold",
     "virtual_adversarial_direction",
     "virtual_adversarial_loss",
+    "weighted_mean",
     "worst_case_loss",
 ]

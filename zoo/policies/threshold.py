@@ -13,12 +13,15 @@ from zoo.policies.policy import Policy
 class Threshold(Policy):
     r"""Targets from probabilities that reach a fixed threshold.
 
-    .. math:: w = \mathbb 1[\max_c \tilde p_c \ge \tau], \quad \tilde p = \mathrm{align}(\mathrm{softmax}(z / T))
+    .. math:: w = \mathbb 1[\max_c \tilde p_c \ge \tau], \quad \tilde p = \mathrm{align}(\mathrm{softmax}(z)), \quad
+        \hat q = \mathrm{normalize}(\tilde p^{\,1 / T})
+
+    The confidence is that before sharpening, as in the released code of FixMatch, UDA and ReMixMatch.
 
     Args:
         num_classes: number of classes C; must not be below 2, where every prediction is certain.
         threshold: :math:`\tau` in (0, 1].
-        temperature: :math:`T` > 0; below 1 sharpens.
+        temperature: :math:`T` > 0 of soft targets; below 1 sharpens.
         soft: whether targets stay probabilities (B, C) instead of the most probable class (B,).
         alignment: from the number of classes to an :class:`~zoo.policies.alignment.Alignment`.
 
@@ -48,6 +51,12 @@ class Threshold(Policy):
 
     def forward(self, logits: Tensor, **evidence: Any) -> tuple[Tensor, Tensor]:
         """Targets (B,) or (B, C), and weights (B,) of 0 and 1."""
-        probabilities = self.alignment((logits.detach().float() / self.temperature).softmax(dim=1), **evidence)
+        probabilities = self.alignment(logits.detach().float().softmax(dim=1), **evidence)
         confidence, label = probabilities.max(dim=1)
-        return probabilities if self.soft else label, (confidence >= self.threshold).to(logits.dtype)
+        weights = (confidence >= self.threshold).to(logits.dtype)
+        if not self.soft:
+            return label, weights
+        sharpened = (
+            (probabilities.log() / self.temperature).softmax(dim=1) if self.temperature != 1.0 else probabilities
+        )
+        return sharpened, weights
