@@ -3,6 +3,7 @@
 from callbacks.baseline import SupervisedBaseline
 from callbacks.ema_teacher import EMATeacher
 from callbacks.non_finite_guard import NonFiniteGuard, NonFiniteLoss
+from callbacks.open_set import OpenSetEvaluation
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.pseudo_labeler import PseudoLabeler
@@ -13,6 +14,7 @@ __all__ = [
     "EMATeacher",
     "NonFiniteGuard",
     "NonFiniteLoss",
+    "OpenSetEvaluation",
     "PredictionWriter",
     "PseudoLabelDiagnostics",
     "PseudoLabeler",

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.ema_teacher import EMATeacher
+from callbacks.open_set import OpenSetEvaluation
 from zoo.core.errors import UserError
 
 
@@ -88,7 +89,9 @@ class SupervisedBaseline(Callback):
 def evaluate(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """Test metrics of a module on a finished run's data module, by a trainer of its own. Single process only."""
     with _borrowed(trainer, module) as data:
-        tester = quiet_trainer(trainer)
+        # What else a test of this run measures is measured here, too.
+        more = [callback for callback in trainer.callbacks if isinstance(callback, OpenSetEvaluation)]  # type: ignore[attr-defined]
+        tester = quiet_trainer(trainer, callbacks=more)
         tester.test(module, datamodule=_Part(data, ()), verbose=False)
         return {name: float(value) for name, value in tester.callback_metrics.items()}
 
@@ -137,6 +140,16 @@ class _Part(LightningDataModule):
     def num_classes(self) -> int | None:
         """That of the whole."""
         return getattr(self.data, "num_classes", None)
+
+    @property
+    def source(self) -> Any:
+        """That of the whole."""
+        return getattr(self.data, "source", None)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """That of the whole."""
+        return getattr(self.data, "eval_batch_size", 256)
 
     @property
     def roles(self) -> dict[str, Any]:

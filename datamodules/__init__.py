@@ -14,10 +14,14 @@ from datamodules.sources import (
     FashionMNIST,
     FileList,
     ImageFolder,
+    KnownClasses,
     MissingData,
     MNIST5k,
     Optdigits,
+    Phrases,
+    Sentiment,
     Source,
+    TextTable,
 )
 from datamodules.sources.digit_scenes import DigitScenes
 from datamodules.sources.voc import VOC
@@ -38,13 +42,17 @@ __all__ = [
     "FashionMNIST",
     "FileList",
     "ImageFolder",
+    "KnownClasses",
     "MNIST5k",
     "MissingData",
     "Optdigits",
+    "Phrases",
     "SegmentationData",
     "SemiSupervisedData",
+    "Sentiment",
     "Source",
     "SupervisedData",
+    "TextTable",
     "WeakLabelData",
     "find_source",
 ]

@@ -1,10 +1,14 @@
 """Where samples come from. Importing this names every source and reads nothing."""
 
 from datamodules.sources.arrays import ArraySource
-from datamodules.sources.base import FileSamples, MissingData, Samples, Source, TensorSamples
+from datamodules.sources.base import FileSamples, MissingData, Samples, Source, TensorSamples, TokenSamples
 from datamodules.sources.blobs import Blobs
 from datamodules.sources.digits import MNIST5k, Optdigits
 from datamodules.sources.folders import FileList, ImageFolder
+from datamodules.sources.known import KnownClasses
+from datamodules.sources.phrases import Phrases
+from datamodules.sources.sentiment import Sentiment
+from datamodules.sources.text import TextSource, TextTable
 from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
 
 __all__ = [
@@ -18,10 +22,16 @@ __all__ = [
     "FileList",
     "FileSamples",
     "ImageFolder",
+    "KnownClasses",
     "MNIST5k",
     "MissingData",
     "Optdigits",
+    "Phrases",
     "Samples",
+    "Sentiment",
     "Source",
     "TensorSamples",
+    "TextSource",
+    "TextTable",
+    "TokenSamples",
 ]

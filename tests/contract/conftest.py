@@ -36,6 +36,8 @@ def small_source(source: dict[str, Any]) -> dict[str, Any]:
     name = source["class_path"].rpartition(".")[2]
     if name == "DigitScenes":
         return {**source, "init_args": {**source.get("init_args", {}), "train_scenes": 40, "test_scenes": 8}}
+    if name == "KnownClasses":
+        return {**source, "init_args": {**source["init_args"], "source": small_source(source["init_args"]["source"])}}
     classes, size, channels = SHAPES[name]
     arguments = {"num_classes": classes, "size": size, "channels": channels, "samples": SAMPLES, "test_samples": 100}
     return {"class_path": "Blobs", "init_args": arguments}
