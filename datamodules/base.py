@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from datamodules.samplers import EvalSampler, Loader, RepeatSampler, mix
 from datamodules.sources.base import FileSamples, MissingData, Samples, Source, list_images
 from datamodules.splits import Split, counts, generator, labeled_per_class, proportional, stratified
-from datamodules.transforms import Normalize, Strong, View, Weak
+from datamodules.transforms import Normalize, View
 from zoo.core.errors import UserError, suggest
 
-VAL, LABELED, HALVES = 1, 2, 4  # purposes of random streams: changing one draw leaves the others alone
+VAL, LABELED, HALVES, UNLABELED = 1, 2, 4, 5  # purposes of random streams: changing one draw leaves the others alone
 
 
 @dataclass
@@ -298,6 +298,7 @@ class Data(LightningDataModule):
         labels_per_class: int | None,
         num_labels: int | None,
         labeled_fraction: float | None,
+        imbalance: float | None = None,
     ) -> Tensor:
         """The labelled samples among these, sorted: the same for every regime that has the same seed."""
         pool = labels[among]
@@ -310,24 +311,29 @@ class Data(LightningDataModule):
             labeled_fraction,
             owner=self._owner,
             classes=self.classes,
+            imbalance=imbalance,
         )
         if wanted is None:
             return among[pool >= 0]
         return among[stratified(pool, wanted, generator(self.seed, LABELED))]
 
     def default_weak(self, source: Source) -> View:
-        """A shift by an eighth of the side, and a mirror where the source's classes survive one."""
-        if self.weak is not None:
-            return self.weak
-        return Weak(flip=source.flip, crop_padding=0.125, padding="reflect" if source.flip else "black")
+        """The weak view that was asked for, or the source's."""
+        return self._ready("weak", source.weak_view() if self.weak is None else self.weak, source)
 
     def default_strong(self, strong: View | None, source: Source) -> View:
-        """FixMatch's strong view, restricted to what keeps a digit's meaning where the source forbids mirrors."""
-        if strong is not None:
-            return strong
-        if source.flip:
-            return Strong(flip=True, crop_padding=0.125)
-        return Strong(ops="digits", flip=False, crop_padding=0.125, padding="black")
+        """The strong view that was asked for, or the source's."""
+        return self._ready("strong", source.strong_view() if strong is None else strong, source)
+
+    def _ready(self, argument: str, view: View, source: Source) -> View:
+        """The view, told what it must know of the source."""
+        if view.modality not in (None, source.modality):
+            raise UserError(
+                f"{self._owner}: {argument}={type(view).__name__} is a view of {view.modality}s, but {source.name} has "
+                f"{source.modality}s"
+            )
+        view.prepare(source)
+        return view
 
     def _check_batch(self, name: str, role: Role) -> None:
         if len(role.samples) == 0:
@@ -366,6 +372,11 @@ class Data(LightningDataModule):
         }
 
     def _folder(self, name: str) -> Samples:
+        if self.source.modality != "image":
+            raise UserError(
+                f"{self._owner}: predict_folder reads images, but {self.source.name} has {self.source.modality}s; "
+                "give new ones as the test file, without labels"
+            )
         folder = Path(name)
         if not folder.is_dir():
             raise MissingData(f"{self._owner}: predict_folder={name!r} ({folder.resolve()}) is no folder")
@@ -379,6 +390,8 @@ class Data(LightningDataModule):
         return self.source.mean, self.source.std
 
     def _as_floats(self, images: Tensor) -> Tensor:
+        if self.source.modality == "text":  # ids are handed over as they are
+            return images
         if self._normalize is None:
             self._normalize = Normalize(*self._statistics())
         if next(iter(self._normalize.buffers()), images).device != images.device:

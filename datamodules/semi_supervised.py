@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base import Role
+from datamodules.base import UNLABELED, Role
 from datamodules.pseudo_labels import PseudoLabels, read_pseudo_labels
-from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples
-from datamodules.splits import Split
+from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples, TokenSamples
+from datamodules.splits import Split, balanced, counts, generator, long_tailed, stratified
 from datamodules.transforms import View
 from zoo.core.errors import UserError
 
@@ -31,6 +31,14 @@ class SemiSupervisedData(PseudoLabels):
         labels_per_class: labelled samples of every class.
         num_labels: labelled samples in total, spread over the classes as evenly as can be.
         labeled_fraction: labelled share of every class.
+        imbalance: ratio γ of the most to the least frequent labelled class: class c of C has
+            :math:`n_c = \lfloor n_1 \gamma^{-c / (C - 1)} \rfloor` samples, at least 1, where :math:`n_1` is
+            ``labels_per_class``; ``num_labels`` remains the total. Negative: the last class is the most frequent.
+            Validation and test sets stay as they are.
+        unlabeled_imbalance: the same for the unlabelled samples, of which as many are used as the ratio allows; the
+            labelled ones that ``include_labeled`` adds do not count, and what the source brings without labels stays
+            out. By default all are used, as the source has them.
+        balance_labels: repeat the labelled samples of rare classes until every class has as many.
         batch_size: labelled samples per process and step, B.
         unlabeled_ratio: μ, unlabelled samples per labelled one.
         include_labeled: labelled samples are also among the unlabelled ones, without their labels.
@@ -46,6 +54,9 @@ class SemiSupervisedData(PseudoLabels):
         labels_per_class: int | None = None,
         num_labels: int | None = None,
         labeled_fraction: float | None = None,
+        imbalance: float | None = None,
+        unlabeled_imbalance: float | None = None,
+        balance_labels: bool = False,
         batch_size: int = 16,
         unlabeled_ratio: int = 7,
         include_labeled: bool = True,
@@ -59,6 +70,9 @@ class SemiSupervisedData(PseudoLabels):
         self.labels_per_class = labels_per_class
         self.num_labels = num_labels
         self.labeled_fraction = labeled_fraction
+        self.imbalance = imbalance
+        self.unlabeled_imbalance = unlabeled_imbalance
+        self.balance_labels = balance_labels
         self.unlabeled_ratio = unlabeled_ratio
         self.include_labeled = include_labeled
         self.strong = strong
@@ -72,10 +86,22 @@ class SemiSupervisedData(PseudoLabels):
     def make_split(self, labels: Tensor) -> Split:
         """Validation first, labels from the rest; everything but validation is unlabelled."""
         rest, val = self.hold_out(labels)
-        labeled = self.choose_labeled(labels, rest, self.labels_per_class, self.num_labels, self.labeled_fraction)
-        unlabeled = rest if self.include_labeled else rest[~torch.isin(rest, labeled)]
+        labeled = self.choose_labeled(
+            labels, rest, self.labels_per_class, self.num_labels, self.labeled_fraction, self.imbalance
+        )
+        unlabeled = rest[~torch.isin(rest, labeled)]
+        if self.unlabeled_imbalance is not None:
+            unlabeled = self._long_tailed(labels, unlabeled, self.unlabeled_imbalance)
+        if self.include_labeled:
+            unlabeled = torch.cat([unlabeled, labeled]).sort().values
         parts = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
         return Split(parts, len(labels), self.seed, self.source.name)
+
+    def _long_tailed(self, labels: Tensor, among: Tensor, imbalance: float) -> Tensor:
+        """The largest long-tailed part of these samples, sorted."""
+        pool = labels[among]
+        wanted = long_tailed(counts(pool, self.num_classes, self._owner), imbalance, self._owner)
+        return among[stratified(pool, wanted, generator(self.seed, UNLABELED))]
 
     def setup(self, stage: str | None = None) -> None:
         """Load what the stage needs, and take up the views of the method that is to be trained now."""
@@ -90,11 +116,14 @@ class SemiSupervisedData(PseudoLabels):
         """Two roles: ``labeled`` and ``unlabeled``."""
         train = self._train(self.source)
         unlabeled: Samples = train.subset(self.parts["unlabeled"])
-        extra = self.source.unlabeled()
+        labeled = self.parts["labeled"]
+        if self.balance_labels:
+            labeled = balanced(train.labels, labeled)
+        extra = self.source.unlabeled() if self.unlabeled_imbalance is None else None
         if extra is not None and len(extra):
             unlabeled = join(unlabeled, extra, offset=len(train))
         return {
-            "labeled": Role(train.subset(self.parts["labeled"]), self.batch_size, {}),
+            "labeled": Role(train.subset(labeled), self.batch_size, {}),
             "unlabeled": Role(
                 unlabeled,
                 self.batch_size * self.unlabeled_ratio,
@@ -131,6 +160,8 @@ def join(first: Samples, second: Samples, offset: int) -> Samples:
     columns = {key: torch.cat([first.columns[key], second.columns[key]]) for key in first.columns}
     if isinstance(first, TensorSamples) and isinstance(second, TensorSamples):
         return TensorSamples(torch.cat([first.images, second.images]), labels, ids, columns)
+    if isinstance(first, TokenSamples) and isinstance(second, TokenSamples):
+        return TokenSamples(torch.cat([first.tokens, second.tokens]), labels, ids, columns)
     if isinstance(first, FileSamples) and isinstance(second, FileSamples):
         return FileSamples(first.paths + second.paths, labels, first.size, first.channels, ids, columns)
     raise TypeError(f"cannot join {type(first).__name__} and {type(second).__name__}")

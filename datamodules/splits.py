@@ -135,6 +135,23 @@ def proportional(available: Tensor, total: int) -> Tensor:
     return torch.minimum(quota, available)
 
 
+def shared_out(total: int, shares: Tensor, owner: str = "data") -> Tensor:
+    """``total`` labels in proportion to ``shares`` (num_classes,): one for every class, the rest by largest remainders.
+
+    Raises:
+        ValueError: when there are fewer labels than classes.
+    """
+    if total < len(shares):
+        raise UserError(f"{owner}: num_labels={total} must be at least {len(shares)}, one for every class")
+    exact = (total * shares / shares.sum()).clamp_min(1)
+    exact = 1 + (exact - 1) * ((total - len(shares)) / (exact - 1).sum().clamp_min(1e-12))
+    quota = (exact + 1e-9).floor().long()
+    order = sorted(range(len(quota)), key=lambda label: (-float(exact[label] - quota[label]), label))
+    for label in order[: total - int(quota.sum())]:
+        quota[label] += 1
+    return quota
+
+
 def labeled_per_class(
     available: Tensor,
     num_classes: int,
@@ -144,6 +161,7 @@ def labeled_per_class(
     labeled_fraction: float | None = None,
     owner: str = "data",
     classes: Sequence[str] = (),
+    imbalance: float | None = None,
 ) -> Tensor | None:
     """How many samples of every class are labelled, (num_classes,), or None for all of them.
 
@@ -156,6 +174,8 @@ def labeled_per_class(
         labeled_fraction: share of every class, in (0, 1], at least one sample each.
         owner: whose arguments these are, for the messages.
         classes: names, for the messages.
+        imbalance: ratio γ of the most to the least frequent class, see :func:`long_tail`: ``labels_per_class`` is then
+            the number of the most frequent one, ``labeled_fraction`` its share, ``num_labels`` still the total.
 
     Raises:
         ValueError: when more than one is given, a number is out of range, or a class has too few samples.
@@ -169,8 +189,10 @@ def labeled_per_class(
         )
         if value is not None
     }
+    if imbalance is not None:
+        shares = decay(num_classes, imbalance, owner)
     if not given:
-        return None
+        return None if imbalance is None else long_tailed(available, imbalance, owner, "imbalance")
     if len(given) > 1:
         raise UserError(f"{owner}: give one of {' and '.join(f'{k}={v}' for k, v in given.items())}, not both")
     ((name, value),) = given.items()
@@ -186,9 +208,80 @@ def labeled_per_class(
         if labeled_fraction is None or not 0 < labeled_fraction <= 1:
             raise UserError(f"{owner}: labeled_fraction={labeled_fraction} must be in (0, 1]")
         wanted = (available.double() * labeled_fraction).round().long().clamp_min(1)
+    if imbalance is not None:
+        if num_labels is None:
+            wanted = (wanted * shares + 1e-6).floor().long().clamp_min(1)
+        else:
+            wanted = shared_out(num_labels, shares, owner)
     short = (available < wanted).nonzero().flatten().tolist()
     if short:
         label = short[0]
         named = f"class {label}" + (f" ({classes[label]})" if label < len(classes) else "")
         raise UserError(f"{owner}: {name}={value}, but {named} has only {int(available[label])} samples")
     return wanted
+
+
+def long_tail(largest: int, num_classes: int, imbalance: float) -> Tensor:
+    r"""Long-tailed sample numbers, (num_classes,), from class 0 down.
+
+    .. math:: n_c = \lfloor n_1\, \gamma^{-c / (C - 1)} \rfloor, \quad \text{at least } 1
+
+    Args:
+        largest: :math:`n_1`, of class 0.
+        num_classes: C.
+        imbalance: :math:`\gamma`, ratio of the most to the least frequent class; a negative one turns the order of the
+            classes around, so that the last has :math:`n_1`.
+
+    Raises:
+        ValueError: when :math:`|\gamma| < 1`.
+    """
+    falling = largest * decay(num_classes, imbalance)
+    return (falling + 1e-6).floor().long().clamp_min(1)  # 1500 / 100 must be 15 also where it comes out as 14.99...
+
+
+def decay(num_classes: int, imbalance: float, owner: str = "long_tail", name: str = "imbalance") -> Tensor:
+    r""":math:`\gamma^{-c / (C - 1)}` for every class c, float64; turned around where γ is negative."""
+    if not abs(imbalance) >= 1:
+        raise UserError(
+            f"{owner}: {name}={imbalance} is the ratio of the most to the least frequent class: at least 1, or at most "
+            "-1 to turn the order of the classes around"
+        )
+    steps = torch.linspace(0, 1, num_classes, dtype=torch.float64) if num_classes > 1 else torch.zeros(1).double()
+    shares = torch.tensor(abs(imbalance), dtype=torch.float64) ** -steps
+    return shares if imbalance > 0 else shares.flip(0)
+
+
+def long_tailed(available: Tensor, imbalance: float, owner: str = "data", name: str = "unlabeled_imbalance") -> Tensor:
+    """The largest long-tailed set that these classes allow, in samples per class (num_classes,).
+
+    Args:
+        available: samples per class that can be drawn from.
+        imbalance: as of :func:`long_tail`.
+        owner: whose argument this is, for the message.
+        name: its name.
+
+    Raises:
+        ValueError: when the ratio is not possible, or a class has no sample.
+    """
+    shares = decay(len(available), imbalance, owner, name)
+    if int(available.min()) < 1:
+        raise UserError(f"{owner}: {name}={imbalance}, but class {int(available.argmin())} has no samples left")
+    # the largest n_1 with floor(n_1 * share) <= available everywhere
+    largest = int(((available.double() + 1 - 1e-5) / shares).floor().min())
+    wanted = long_tail(largest, len(available), imbalance)
+    return torch.minimum(wanted, available)
+
+
+def balanced(labels: Tensor, indices: Tensor) -> Tensor:
+    """The indices with those of rare classes repeated, until every class that occurs has as many as the largest.
+
+    A class of 3 samples beside one of 8 has its first two three times and the third twice.
+    """
+    numbers = torch.bincount(labels[indices])
+    largest = int(numbers.max()) if len(numbers) else 0
+    repeated = [
+        members.repeat(-(-largest // len(members)))[:largest]
+        for label in range(len(numbers))
+        if len(members := indices[labels[indices] == label])
+    ]
+    return torch.cat(repeated) if repeated else indices
