@@ -2,6 +2,8 @@
 
 from callbacks.baseline import SupervisedBaseline
 from callbacks.ema_teacher import EMATeacher
+from callbacks.few_shot import FewShotEvaluation
+from callbacks.linear_evaluation import LinearEvaluation
 from callbacks.non_finite_guard import NonFiniteGuard, NonFiniteLoss
 from callbacks.open_set import OpenSetEvaluation
 from callbacks.prediction_writer import PredictionWriter
@@ -12,6 +14,8 @@ from callbacks.throughput import Throughput
 
 __all__ = [
     "EMATeacher",
+    "FewShotEvaluation",
+    "LinearEvaluation",
     "NonFiniteGuard",
     "NonFiniteLoss",
     "OpenSetEvaluation",
