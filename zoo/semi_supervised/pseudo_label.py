@@ -24,8 +24,8 @@ class PseudoLabel(Consistency):
     Label and prediction come from the same logits of one weak view, so that the term can only make predictions surer
     than they are; no gradient flows through the label. The mean runs over all unlabeled samples.
 
-    Lee labels every sample and grows the weight to 3 (``policy: {class_path: Policy}``, ``unlabeled_weight: 3``); the
-    threshold, the weight of 1 and the linear ramp are those of Oliver et al. 2018 (arXiv 1804.09170).
+    Lee labels every sample (a threshold below 1 / C) and grows the weight to 3; the threshold, the weight of 1 and the
+    linear ramp are those of Oliver et al. 2018 (arXiv 1804.09170).
 
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, hidden_label (watched only)}.
 
