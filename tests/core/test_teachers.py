@@ -99,3 +99,25 @@ def test_resumes_exactly_and_survives_moves() -> None:
 def test_bad_momentum() -> None:
     with pytest.raises(ValueError, match=r"momentum=1.5 must lie in \[0, 1\]"):
         EMA(network(), 1.5)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_approach_moves_the_weights_as_an_update_would_and_nothing_else(warmup) -> None:
+    student = network()
+    one, other = EMA(student, 0.9, warmup), EMA(student, 0.9, warmup)
+    for _ in range(2):
+        student(torch.randn(5, 3))
+        for p in student.parameters():
+            p.data.add_(torch.randn_like(p))
+        one.update(student)
+        other.update(student)
+        for p in student.parameters():
+            p.data.add_(torch.randn_like(p))
+        student(torch.randn(5, 3))
+        buffers = [buffer.clone() for buffer in other.module.buffers()]
+        other.approach([p.detach() for p in student.parameters()])
+        assert other.updates == one.updates
+        assert all(torch.equal(a, b) for a, b in zip(buffers, other.module.buffers(), strict=True))
+        one.update(student)
+        one._count, one.updates = other._count, other.updates.clone()
+        assert all(torch.equal(a, b) for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True))

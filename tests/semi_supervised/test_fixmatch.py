@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import FixMatch, Supervised
+from zoo.core.errors import UserError
 from zoo.policies import Threshold
 
 
@@ -101,3 +102,36 @@ def test_views_are_those_of_their_images_and_the_weak_one_has_no_gradient(forwar
     logits = fixmatch(forward_pass=forward_pass).views(labeled, weak, strong)
     assert [torch.equal(a, b) for a, b in zip(logits, (labeled, weak, strong), strict=True)] == [True] * 3
     assert [z.requires_grad for z in logits] == [True, False, True]
+
+
+def test_the_average_labels_where_it_is_asked_to() -> None:
+    # the student's weak view says class 1; the average, whose weight is -1, says class 0, which the strong view doubts
+    b = batch([[0.0, 0.0]], [[0.0, 5.0]], [[0.0, 5.0]])
+    student, teacher = fixmatch(), fixmatch(labeler="teacher")
+    for method in (student, teacher):
+        method.teacher.module.scale.data.fill_(-1.0)
+    sure, doubt = math.log(1 + math.exp(-5.0)), math.log(1 + math.exp(5.0))
+    assert student.training_step(b, 0).item() == pytest.approx(math.log(2) + sure, rel=1e-5)
+    assert teacher.training_step(b, 0).item() == pytest.approx(math.log(2) + doubt, rel=1e-5)
+
+
+def test_the_averages_labels_carry_no_gradient_and_equal_the_students_at_the_start() -> None:
+    b = batch(*EXAMPLE)
+    b["unlabeled"]["weak"].requires_grad_()
+    method = fixmatch(labeler="teacher")
+    loss = method.training_step(b, 0)
+    loss.backward()
+    assert b["unlabeled"]["weak"].grad is None
+    assert torch.equal(loss, fixmatch(forward_pass="split").training_step(batch(*EXAMPLE), 0))
+
+
+class OwnStep(FixMatch):
+    def training_step(self, batch, batch_idx) -> Tensor:
+        return self.report(nothing=torch.zeros(()))
+
+
+def test_a_labeler_that_nothing_would_ask_is_refused() -> None:
+    with pytest.raises(UserError, match="Did you mean 'teacher'"):
+        fixmatch(labeler="techer")
+    with pytest.raises(UserError, match="FixMatch's own step"):
+        OwnStep(network=Given, num_classes=2, labeler="teacher")
