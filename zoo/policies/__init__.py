@@ -6,6 +6,7 @@ from zoo.policies.dash import DynamicThreshold
 from zoo.policies.debiased import DebiasedThreshold
 from zoo.policies.flexible import FlexibleThreshold
 from zoo.policies.policy import Policy
+from zoo.policies.rebalanced import Rebalanced, TemperedAlignment
 from zoo.policies.relative import RelativeThreshold
 from zoo.policies.selection import (
     Balanced,
@@ -39,9 +40,11 @@ __all__ = [
     "Policy",
     "QueueAlignment",
     "RandomSubset",
+    "Rebalanced",
     "RelativeThreshold",
     "Selection",
     "SelfAdaptiveThreshold",
+    "TemperedAlignment",
     "Threshold",
     "TransductiveBound",
     "TruncatedGaussian",
