@@ -18,7 +18,7 @@ class Throughput(Callback):
 
     An *image* is one row of an image-like tensor (4 dimensions, floating or uint8) in the batch: ``labeled.image``,
     ``unlabeled.weak`` and ``unlabeled.strong`` count once each, since each is computed upon; a tokenised text counts as
-    one row of ``input_ids``. Masks and labels do not count. With :math:`n` images on this rank in :math:`t` seconds of
+    one row of ids. Masks and labels do not count. With :math:`n` images on this rank in :math:`t` seconds of
     training (validations, checkpoints at the end of an epoch and the first ``warmup_steps`` of every start left out)
     and :math:`R` ranks,
 
@@ -169,7 +169,9 @@ def count_images(batch: Any) -> int:
 
 
 def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.ndim == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8) else 0
+    image = tensor.ndim == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8)
+    text = tensor.ndim == 2 and tensor.dtype == torch.int64  # token ids
+    return tensor.shape[0] if image or text else 0
 
 
 def _rates(counters: dict[str, float]) -> dict[str, float]:

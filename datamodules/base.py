@@ -202,10 +202,12 @@ class Data(LightningDataModule):
             self._roles = self.make_roles()
             for name, role in self._roles.items():
                 self._check_batch(name, role)
+            self._check_labels()
             self._write_split()
 
     def train_dataloader(self) -> CombinedLoader:
         """One loader per role, all of ``steps`` batches."""
+        self._check_network()
         loaders = {}
         for number, (name, role) in enumerate(self.roles.items()):
             sampler = RepeatSampler(
@@ -228,6 +230,21 @@ class Data(LightningDataModule):
         if isinstance(samples, FileSamples):
             self.predict_paths = list(samples.paths)
         return self._evaluation_loaders({"predict": samples})["predict"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which vocabulary ids belong to; nothing for images."""
+        tokenizer = getattr(self.source, "tokenizer", None)
+        return {} if tokenizer is None else {"vocabulary": tokenizer.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that ids still mean the words that they meant in training."""
+        tokenizer, then = getattr(self.source, "tokenizer", None), state_dict.get("vocabulary")
+        if tokenizer is not None and then is not None and tokenizer.fingerprint != then:
+            raise UserError(
+                f"{self._owner}: the checkpoint was trained with another vocabulary than {self.source.name} has now: "
+                "its texts, or vocabulary or tokenizer, have changed. The run's folder holds the vocabulary it was "
+                "trained with: data.source.tokenizer: RUN/tokenizer.json"
+            )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: views for training batches, then normalised floats."""
@@ -301,6 +318,11 @@ class Data(LightningDataModule):
         imbalance: float | None = None,
     ) -> Tensor:
         """The labelled samples among these, sorted: the same for every regime that has the same seed."""
+        if num_labels is not None and 0 < num_labels < self.num_classes:
+            raise UserError(
+                f"{self._owner}: num_labels={num_labels}, but there are {self.num_classes} classes; a class without "
+                f"any label cannot be learnt. At least {self.num_classes}, which is labels_per_class: 1"
+            )
         pool = labels[among]
         wanted = labeled_per_class(
             counts(pool, self.num_classes, self._owner),
@@ -344,6 +366,49 @@ class Data(LightningDataModule):
                 f"role {name!r}. At most {len(role.samples)}, or allow_repeats: true to see samples twice in a step"
             )
 
+    def _check_labels(self) -> None:
+        """Every class needs a labelled sample: otherwise nothing could ever be of it, and nothing would say so."""
+        role = self._roles.get("labeled")
+        if role is None or role.hidden:
+            return
+        empty = (counts(role.samples.labels, self.num_classes, self._owner) == 0).nonzero().flatten().tolist()
+        if empty:
+            names = ", ".join(f"{label} ({self.classes[label]})" for label in empty[:5])
+            raise UserError(
+                f"{self._owner}: {len(empty)} of {self.num_classes} classes have no labelled sample: {names}"
+                f"{' ...' if len(empty) > 5 else ''}"
+            )
+
+    def _check_network(self) -> None:
+        """Before the first batch: whether the network takes what the source has."""
+        method = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        backbone = getattr(getattr(method, "network", None), "backbone", None)
+        if backbone is None or not hasattr(backbone, "vocabulary"):
+            return
+        source, is_text = self.source, self.source.modality == "text"
+        if is_text != (backbone.in_channels is None):
+            wanted, other = (
+                ("text_cnn, bag_of_words or hf:NAME", "images") if is_text else ("an image network", "texts")
+            )
+            raise UserError(
+                f"{self._owner}: {source.name} has {source.modality}s, but the network's backbone takes {other}; "
+                f"take {wanted}"
+            )
+        tokenizer = getattr(source, "tokenizer", None)
+        if tokenizer is None:
+            return
+        if backbone.vocabulary is not None and backbone.vocabulary < tokenizer.size:
+            raise UserError(
+                f"{self._owner}: {source.name} has {tokenizer.size} token ids, but the network's vocabulary is "
+                f"{backbone.vocabulary}; make it at least {tokenizer.size}, or the source's vocabulary at most "
+                f"{backbone.vocabulary}"
+            )
+        if backbone.pad != tokenizer.pad:
+            raise UserError(
+                f"{self._owner}: {source.name} fills rows up with id {tokenizer.pad}, but the network's padding is "
+                f"{backbone.pad}; for a pretrained network, take its tokenizer: hf:NAME"
+            )
+
     def _write_split(self) -> None:
         trainer = self.trainer
         if trainer is None or self.split is None or getattr(trainer, "fast_dev_run", False):
@@ -351,6 +416,8 @@ class Data(LightningDataModule):
         folder = trainer.log_dir  # on all ranks: it is a collective
         if folder is not None:
             _save(self.split, Path(folder) / "split.json")
+            if (tokenizer := getattr(self.source, "tokenizer", None)) is not None:
+                rank_zero_only(tokenizer.save)(Path(folder) / "tokenizer.json")
 
     def _replicas(self) -> dict[str, int]:
         """Number of data-parallel processes and which one this is; fewer than all under tensor parallelism."""
@@ -366,6 +433,7 @@ class Data(LightningDataModule):
         return Loader(dataset, sampler, self.num_workers, self.pin_memory)
 
     def _evaluation_loaders(self, sets: dict[str, Samples]) -> dict[str, Loader]:
+        self._check_network()
         return {
             name: self._loader(samples, EvalSampler(samples, self.eval_batch_size, **self._replicas()))
             for name, samples in sets.items()

@@ -91,6 +91,7 @@ class DomainData(Data):
     def setup(self, stage: str | None = None) -> None:
         """Load what the stage needs."""
         self._compare_classes()
+        self._compare_vocabularies()
         super().setup(stage)
 
     def _compare_classes(self) -> None:
@@ -100,6 +101,11 @@ class DomainData(Data):
                     f"DomainData: {self.source.name} has {self.num_classes} classes, but {other.name} has "
                     f"{other.num_classes}; all domains need the same classes"
                 )
+            if other.modality != self.source.modality:
+                raise UserError(
+                    f"DomainData: {self.source.name} has {self.source.modality}s, but {other.name} has "
+                    f"{other.modality}s; all domains need the same kind of samples"
+                )
             unnamed = tuple(str(label) for label in range(self.num_classes))
             if unnamed not in (self.classes, other.classes) and other.classes != self.classes:
                 pairs = zip(self.classes, other.classes, strict=True)
@@ -107,6 +113,18 @@ class DomainData(Data):
                 raise UserError(
                     f"DomainData: class {label} is {mine!r} in {self.source.name}, but {theirs!r} in {other.name}; "
                     "all domains need the same classes in the same order"
+                )
+
+    def _compare_vocabularies(self) -> None:
+        if self.source.modality != "text":
+            return
+        mine = getattr(self.source, "tokenizer", None)
+        for other in self._sources()[1:]:
+            theirs = getattr(other, "tokenizer", None)
+            if mine is not None and theirs is not None and mine.fingerprint != theirs.fingerprint:
+                raise UserError(
+                    f"DomainData: {self.source.name} and {other.name} have different vocabularies, so that an id is "
+                    "another word in each; give all domains the same tokenizer, a file or hf:NAME"
                 )
 
     def _load(self, source: Source, part: str) -> Samples:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.splits import generator
+from datamodules.transforms.views import Strong, View, Weak
 from zoo.core.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -112,6 +113,35 @@ class TensorSamples(Samples):
         return {"images": self.images if everything else self.images[where]}
 
 
+class TokenSamples(Samples):
+    """Texts in memory as rows of token ids, handed over as int64 under the key ``image``, the input's.
+
+    Args:
+        tokens: (N, L) integers; kept as int32.
+        labels: (N,).
+        ids: stable numbers.
+        columns: further tensors of length N.
+
+    Raises:
+        UserError: when shapes do not fit.
+    """
+
+    def __init__(
+        self, tokens: Tensor, labels: Tensor, ids: Tensor | None = None, columns: dict[str, Tensor] | None = None
+    ) -> None:
+        if tokens.ndim != 2 or len(tokens) != len(labels) or tokens.is_floating_point():
+            raise UserError(f"TokenSamples: ids {tuple(tokens.shape)} do not go with {len(labels)} labels")
+        super().__init__(labels, ids, columns)
+        self.tokens = tokens.int()
+
+    def images_at(self, where: Tensor) -> Tensor:
+        """The ids at these positions, int64 (B, L)."""
+        return self.tokens[where].long()
+
+    def _select(self, where: Tensor) -> dict[str, Any]:
+        return {"tokens": self.tokens[where]}
+
+
 class FileSamples(Samples):
     """Images read from files when asked for, brought to one size.
 
@@ -202,8 +232,10 @@ class Source(ABC):
         std: per channel.
         flip: whether a mirrored image still shows its class (not so for digits).
         streams: whether samples are read from files one by one.
+        modality: ``"image"``, or ``"text"`` for sources of token ids (B, L).
     """
 
+    modality: str = "image"
     classes: tuple[str, ...] = ()
     channels: int = 3
     size: int = 32
@@ -240,6 +272,16 @@ class Source(ABC):
     def unlabeled(self) -> Samples | None:
         """Samples without labels that the source brings beside its training set, if any."""
         return None
+
+    def weak_view(self) -> View:
+        """The weak view where none is given: a shift by an eighth, and a mirror where the classes survive one."""
+        return Weak(flip=self.flip, crop_padding=0.125, padding="reflect" if self.flip else "black")
+
+    def strong_view(self) -> View:
+        """The strong view where none is given: FixMatch's, restricted to what keeps a digit's meaning for digits."""
+        if self.flip:
+            return Strong(flip=True, crop_padding=0.125)
+        return Strong(ops="digits", flip=False, crop_padding=0.125, padding="black")
 
 
 def holdout(labels: Tensor, per_class: int | Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

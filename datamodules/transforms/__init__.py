@@ -1,5 +1,6 @@
-"""Views of images: batched on uint8 tensors, and the same one image at a time."""
+"""Views: of images, batched on uint8 tensors or one at a time, and of texts, batched on token ids."""
 
+from datamodules.transforms.text import StrongText, TextView, WordDropout
 from datamodules.transforms.views import (
     OPERATION_SETS,
     Channels,
@@ -20,6 +21,9 @@ __all__ = [
     "Identity",
     "Normalize",
     "Strong",
+    "StrongText",
+    "TextView",
     "View",
     "Weak",
+    "WordDropout",
 ]

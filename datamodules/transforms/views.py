@@ -96,7 +96,16 @@ def to_uint8(image: Any) -> Tensor:
 
 
 class View(nn.Module):
-    """A random or fixed look at an image: uint8 (B, C, H, W) → uint8 (B, C, H, W)."""
+    """A random or fixed look at an image: uint8 (B, C, H, W) → uint8 (B, C, H, W).
+
+    Attributes:
+        modality: ``"image"``, ``"text"`` (see :mod:`datamodules.transforms.text`), or ``None`` for either.
+    """
+
+    modality: str | None = "image"
+
+    def prepare(self, source: Any) -> None:
+        """Learn from a source's training samples what the view needs; most need nothing."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Every sample's own draw of the view."""
@@ -120,7 +129,9 @@ class _BatchOfOne:
 
 
 class Identity(View):
-    """The image itself."""
+    """The image, or the text, itself."""
+
+    modality = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images as they are."""
@@ -141,6 +152,13 @@ class Compose(View):
     def __init__(self, views: Sequence[View]) -> None:
         super().__init__()
         self.views = nn.ModuleList(views)
+        self.modality = next((view.modality for view in views if view.modality is not None), None)
+
+    def prepare(self, source: Any) -> None:
+        """Prepare each view."""
+        for view in self.views:
+            if isinstance(view, View):
+                view.prepare(source)
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply each view to what the last one made."""

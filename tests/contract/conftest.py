@@ -19,6 +19,8 @@ SHAPES = {
     "SVHN": (10, 32, 3),
     "STL10": (10, 96, 3),
 }
+TEXTS = {"Sentiment": 2}  # replaced by synthetic texts of as many classes
+TEXT_NETS = ("text_cnn", "bag_of_words")
 SAMPLES = 600
 # Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
 RANDOM: set[str] = {
@@ -38,6 +40,8 @@ def small_source(source: dict[str, Any]) -> dict[str, Any]:
         return {**source, "init_args": {**source.get("init_args", {}), "train_scenes": 40, "test_scenes": 8}}
     if name == "KnownClasses":
         return {**source, "init_args": {**source["init_args"], "source": small_source(source["init_args"]["source"])}}
+    if name in TEXTS:
+        return {"class_path": "Phrases", "init_args": {"num_classes": TEXTS[name], "samples": SAMPLES}}
     classes, size, channels = SHAPES[name]
     arguments = {"num_classes": classes, "size": size, "channels": channels, "samples": SAMPLES, "test_samples": 100}
     return {"class_path": "Blobs", "init_args": arguments}
@@ -94,6 +98,9 @@ def without_batch_norm() -> Callable[[str], None]:
         config = yaml.safe_load(Path(file).read_text())
         for key in {"network", "teacher"} & config["model"]["init_args"].keys():
             arguments = config["model"]["init_args"][key]["init_args"]
+            if arguments.get("backbone") in TEXT_NETS:
+                arguments["dropout"] = 0.0  # they have no norm, but every rank has its own draw
+                continue
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
         if config["model"]["class_path"] == "ShrinkMatch":

@@ -295,7 +295,7 @@ class TransformersBackbone(Backbone):
 
     def masked(self, x: Mapping[str, Tensor] | Tensor) -> Mapping[str, Tensor]:
         """Ids alone get their mask."""
-        return {"input_ids": x, "attention_mask": x.ne(self.pad).long()} if isinstance(x, Tensor) else x
+        return {"input_ids": x, "attention_mask": x.ne(self.pad or 0).long()} if isinstance(x, Tensor) else x
 
     def features(self, x: Mapping[str, Tensor] | Tensor) -> Tensor:
         r"""Token ids to features (B, D): :math:`\sum_n m_n t_n / \sum_n m_n`, or :math:`t_1`."""
