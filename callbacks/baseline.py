@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.ema_teacher import EMATeacher
-from callbacks.open_set import OpenSetEvaluation
 from zoo.core.errors import UserError
 
 
@@ -89,8 +88,8 @@ class SupervisedBaseline(Callback):
 def evaluate(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """Test metrics of a module on a finished run's data module, by a trainer of its own. Single process only."""
     with _borrowed(trainer, module) as data:
-        # What else a test of this run measures is measured here, too.
-        more = [callback for callback in trainer.callbacks if isinstance(callback, OpenSetEvaluation)]  # type: ignore[attr-defined]
+        # Callbacks that measure something at every test of this run say so by this attribute.
+        more = [c for c in trainer.callbacks if getattr(c, "measures_tests", False)]  # type: ignore[attr-defined]
         tester = quiet_trainer(trainer, callbacks=more)
         tester.test(module, datamodule=_Part(data, ()), verbose=False)
         return {name: float(value) for name, value in tester.callback_metrics.items()}

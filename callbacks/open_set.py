@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.features import check_source
 from callbacks.files import by_index, gather_rows
 from datamodules.samplers import EvalSampler, Loader
 from datamodules.sources.base import Samples, Source
@@ -49,6 +50,8 @@ class OpenSetEvaluation(Callback):
     1610.02136 (maximum softmax); Liu et al. 2020, arXiv 2010.03759, equation 4 (energy, negated, at temperature 1).
     """
 
+    measures_tests = True
+
     def __init__(self, unknown: Source | None = None, scores: Sequence[str] = ("max_logit",)) -> None:
         for score in scores:
             if score not in SCORES:
@@ -73,14 +76,7 @@ class OpenSetEvaluation(Callback):
                     "the callback a source of other classes as unknown"
                 )
             return
-        if trainer.local_rank == 0:
-            self.unknown.prepare()
-        trainer.strategy.barrier("unknown samples")
-        if source is not None and (source.size, source.channels) != (self.unknown.size, self.unknown.channels):
-            raise UserError(
-                f"OpenSetEvaluation: unknown={self.unknown.name} has {self.unknown.channels} channels of size "
-                f"{self.unknown.size}, but the data has {source.channels} of size {source.size}"
-            )
+        check_source("OpenSetEvaluation", self.unknown, trainer)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the method's own forward."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import PseudoLabelDiagnostics
 from callbacks.picture import read_curves
@@ -184,6 +185,56 @@ def test_two_processes(method, points, trainer, tmp_path, two_ranks) -> None:
         assert torch.load(tmp_path / f"{rank}.pt") == [one.values, one.per_class]
     state = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]["PseudoLabelDiagnostics"]
     assert state["samples"] == 16  # two steps of four on both ranks
+
+
+class Reads(TorchDispatchMode):
+    """Notes what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique_dim", "_unique2"):
+            self.seen.append(name)
+        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_step_reads_nothing_from_the_device(method, soft) -> None:
+    diagnostics, model = PseudoLabelDiagnostics(2), method()
+    model.watched = diagnostics._pending
+    diagnostics._counts = PseudoLabelCounts(3)
+    targets = torch.rand(4, 3) if soft else torch.tensor([0, 1, 2, 0])
+    with Reads() as reads:
+        for _ in range(5):
+            SemiSupervised.watch(model, {"hidden_label": torch.tensor([0, 1, -1, 2])}, targets, torch.rand(4))
+            diagnostics.on_train_batch_end(None, model, None, None, 0)
+        assert reads.seen == []
+        diagnostics._counts.values()
+        assert reads.seen  # only a report does
+    assert diagnostics._counts.samples == 16
+    assert len(diagnostics._pending) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_does_not_wait_for_cuda(method) -> None:
+    diagnostics, model = PseudoLabelDiagnostics(2), method()
+    model.watched, diagnostics._counts = diagnostics._pending, PseudoLabelCounts(3, "cuda")
+    batch = {"hidden_label": torch.zeros(4, dtype=torch.long, device="cuda")}
+    targets, weights = torch.rand(4, 3, device="cuda"), torch.rand(4, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            SemiSupervised.watch(model, batch, targets, weights)
+            diagnostics.on_train_batch_end(None, model, None, None, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert diagnostics._counts.samples == 16
 
 
 def test_leaves_other_methods_alone(method, points, trainer) -> None:
