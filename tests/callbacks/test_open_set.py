@@ -122,9 +122,7 @@ def test_unknown_samples_of_another_source(trainer) -> None:
         z, u = module.eval()(known["image"]), module(batch["image"])
     expected = open_set_metrics(z.amax(1), u.amax(1), z.argmax(1) == known["label"])
     assert found["open_set/max_logit/auroc"] == pytest.approx(expected["auroc"], abs=1e-6)
-    with pytest.raises(
-        UserError, match=r"OpenSetEvaluation: .* of size 16, but the network was trained on 1 of size 8"
-    ):
+    with pytest.raises(UserError, match=r"OpenSet.* of size 16, but the network was trained on 1 of size 8"):
         trainer(OpenSetEvaluation(unknown=Blobs(size=16))).test(module, d, verbose=False)
 
 
