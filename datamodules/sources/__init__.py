@@ -6,8 +6,11 @@ from datamodules.sources.blobs import Blobs
 from datamodules.sources.digits import MNIST5k, Optdigits
 from datamodules.sources.folders import FileList, ImageFolder
 from datamodules.sources.known import KnownClasses
+from datamodules.sources.merged import MergedClasses
+from datamodules.sources.noisy import NoisyLabels
 from datamodules.sources.phrases import Phrases
 from datamodules.sources.sentiment import Sentiment
+from datamodules.sources.sub_pseudo_labels import SubPseudoLabels
 from datamodules.sources.text import TextSource, TextTable
 from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
 
@@ -24,12 +27,15 @@ __all__ = [
     "ImageFolder",
     "KnownClasses",
     "MNIST5k",
+    "MergedClasses",
     "MissingData",
+    "NoisyLabels",
     "Optdigits",
     "Phrases",
     "Samples",
     "Sentiment",
     "Source",
+    "SubPseudoLabels",
     "TensorSamples",
     "TextSource",
     "TextTable",

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from datamodules.sources.base import Samples, Source
+from datamodules.sources.wrapped import WrappedSource
 from zoo.core.errors import UserError, suggest
 
 
-class KnownClasses(Source):
+class KnownClasses(WrappedSource):
     """A source of which only some classes are known; the others are there to be rejected.
 
     Training and test samples are those of the known classes, renumbered in the order given. :meth:`unknown` offers the
@@ -28,10 +29,8 @@ class KnownClasses(Source):
     def __init__(self, source: Source, known: list[int | str]) -> None:
         if not known or len(set(map(str, known))) < len(known):
             raise UserError(f"KnownClasses: known={known} must name at least one class, and each once")
-        self.source = source
+        super().__init__(source)
         self.known = known
-        self.channels, self.size, self.mean, self.std = source.channels, source.size, source.mean, source.std
-        self.flip, self.streams = source.flip, source.streams
 
     @property
     def name(self) -> str:
@@ -63,10 +62,6 @@ class KnownClasses(Source):
         names = self.source.classes
         return tuple(names[number] for number in self.numbers)
 
-    def prepare(self) -> None:
-        """What the source checks or fetches."""
-        self.source.prepare()
-
     def train(self) -> Samples:
         """The training samples of the known classes, and those whose class is unknown to the source itself."""
         return self._part(self.source.train())
@@ -74,10 +69,6 @@ class KnownClasses(Source):
     def test(self) -> Samples:
         """The test samples of the known classes."""
         return self._part(self.source.test())
-
-    def unlabeled(self) -> Samples | None:
-        """What the source brings without labels."""
-        return self.source.unlabeled()
 
     def unknown(self) -> Samples:
         """The test samples of all other classes, labelled -1."""
