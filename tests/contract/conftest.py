@@ -38,7 +38,7 @@ def small_source(source: dict[str, Any]) -> dict[str, Any]:
     name = source["class_path"].rpartition(".")[2]
     if name == "DigitScenes":
         return {**source, "init_args": {**source.get("init_args", {}), "train_scenes": 40, "test_scenes": 8}}
-    if name == "KnownClasses":
+    if name in ("KnownClasses", "MergedClasses"):
         return {**source, "init_args": {**source["init_args"], "source": small_source(source["init_args"]["source"])}}
     if name in TEXTS:
         return {"class_path": "Phrases", "init_args": {"num_classes": TEXTS[name], "samples": SAMPLES}}

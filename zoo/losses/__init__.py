@@ -20,6 +20,7 @@ from zoo.losses.focal import focal_loss
 from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_label_graph
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.mixup import mix, mixing_shares, sharpen
+from zoo.losses.nearest_neighbors import nearest_neighbor_loss
 from zoo.losses.rotation import quarter_turns
 from zoo.losses.shrink import shrink_loss, shrunk_space
 from zoo.losses.similarity import aggregate, inner_products, instance_similarity_loss, similarities, unfold
@@ -58,6 +59,7 @@ __all__ = [
     "mix",
     "mixed_targets",
     "mixing_shares",
+    "nearest_neighbor_loss",
     "pseudo_label_graph",
     "quarter_turns",
     "rescale",
