@@ -33,13 +33,16 @@ RANDOM: set[str] = {
 }
 
 
-def small_source(source: dict[str, Any]) -> dict[str, Any]:
-    """A stand-in for ``source``."""
+def small_source(source: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A stand-in for ``source``; ``folder`` takes files that it reads."""
     name = source["class_path"].rpartition(".")[2]
     if name == "DigitScenes":
         return {**source, "init_args": {**source.get("init_args", {}), "train_scenes": 40, "test_scenes": 8}}
-    if name in ("KnownClasses", "MergedClasses"):
-        return {**source, "init_args": {**source["init_args"], "source": small_source(source["init_args"]["source"])}}
+    if "source" in source.get("init_args", {}):  # one around another one
+        arguments = {**source["init_args"], "source": small_source(source["init_args"]["source"], folder)}
+        if "teacher" in arguments:
+            arguments["teacher"] = weak_labels(folder)
+        return {**source, "init_args": arguments}
     if name in TEXTS:
         return {"class_path": "Phrases", "init_args": {"num_classes": TEXTS[name], "samples": SAMPLES}}
     classes, size, channels = SHAPES[name]
@@ -73,7 +76,7 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
         config = yaml.safe_load(path.read_text())
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         for key in {"source", "target"} & data.keys():
-            data[key] = small_source(data[key])
+            data[key] = small_source(data[key], tmp_path)
         data |= {"steps": 4, "batch_size": 8, "val_size": 20}
         data.pop("num_workers", None)
         if "num_labels" in data:
