@@ -99,9 +99,14 @@ class MemoryBank(nn.Module):
             setattr(self, name, getattr(self, name).index_copy(0, where, values))
         self.filled = self.filled.index_fill(0, where, True)
 
+    @property
+    def sized_by_data(self) -> tuple[str, ...]:
+        """The buffers of which a checkpoint may have another number of rows."""
+        return ("features", "filled", *self.columns)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take as many rows as the checkpoint has: the data may not be known where it is read."""
-        for name in ("features", "filled", *self.columns):
+        for name in self.sized_by_data:
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and saved.shape[1:] == own.shape[1:] and len(saved) != len(own):
                 setattr(self, name, own.new_zeros(saved.shape))

@@ -284,6 +284,8 @@ def choose_part(state: Mapping[str, Tensor], part: Part = "predictor") -> dict[s
 def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weights", except_under: str = "") -> None:
     """Load a state dict whose names are the module's own; all or nothing.
 
+    Buffers that a part of the module names in ``sized_by_data`` may have another number of rows.
+
     Args:
         module: takes the tensors; on the meta device it takes them as they are.
         state: names and tensors.
@@ -298,10 +300,13 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weigh
         for entries in (state, module.state_dict())
     )
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    # One entry for every sample of the data, such as FlexMatch's classes: the module takes as many as were saved.
+    parts = [(f"{prefix}." if prefix else "", part) for prefix, part in module.named_modules()]
+    rows = {prefix + name for prefix, part in parts for name in getattr(part, "sized_by_data", ())}
     differ = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
         for name in sorted(own.keys() & given.keys())
-        if given[name].shape != own[name].shape
+        if given[name].shape[name in rows :] != own[name].shape[name in rows :]
     ]
     problems = [
         f"{len(names)} {problem}: {shorten(names)}"

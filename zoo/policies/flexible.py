@@ -1,7 +1,7 @@
 """A threshold for each class, lower where little has been learned yet."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class FlexibleThreshold(Policy):
     Source: Zhang et al. 2021, arXiv 2110.08263, equations 6, 7, 10 and 11.
     """
 
+    sized_by_data: ClassVar[tuple[str, ...]] = ("classes",)
     classes: Tensor
     counts: Tensor
     total: Tensor
