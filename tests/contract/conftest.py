@@ -24,6 +24,7 @@ TEXT_NETS = ("text_cnn", "bag_of_words")
 SAMPLES = 600
 # Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
 RANDOM: set[str] = {
+    "CRMatch",
     "DMixMatch",
     "DST",
     "DecoupledMixup",
