@@ -320,8 +320,8 @@ class Data(LightningDataModule):
         """The labelled samples among these, sorted: the same for every regime that has the same seed."""
         if num_labels is not None and 0 < num_labels < self.num_classes:
             raise UserError(
-                f"{self._owner}: num_labels={num_labels}, but there are {self.num_classes} classes; a class without "
-                f"any label cannot be learnt. At least {self.num_classes}, which is labels_per_class: 1"
+                f"{self._owner}: num_labels={num_labels} must be at least {self.num_classes}, one for each class: a "
+                "class without any label cannot be learnt"
             )
         pool = labels[among]
         wanted = labeled_per_class(
