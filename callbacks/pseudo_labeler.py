@@ -84,6 +84,11 @@ class PseudoLabeler(Callback):
         self.filename = filename
         self.select = select
         self.hard, self.keep, self.restart, self.stop = hard, keep, restart, stop
+        self._fresh: tuple[list[Any], list[Any]] = ([], [])  # states of optimizers and schedules
+        self._path: Path | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self.round = 0
         self.epoch = 0  # completed epochs at the last round
         self.index: Tensor | None = None
@@ -93,8 +98,6 @@ class PseudoLabeler(Callback):
         self.stopped = False
         self._due = False  # whether the next epoch starts from the initial weights
         self._initial: dict[str, Tensor] | None = None
-        self._fresh: tuple[list[Any], list[Any]] = ([], [])  # states of optimizers and schedules
-        self._path: Path | None = None
         self._given = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,6 +112,8 @@ class PseudoLabeler(Callback):
         if self.restart and trainer.strategy.restore_checkpoint_after_setup:
             raise UserError("PseudoLabeler: restart=True needs whole weights on every process, such as with ddp")
         self._path = None if self.filename is None else run_folder(trainer) / self.filename
+        if trainer.current_epoch == 0 or trainer.current_epoch < self.epoch:  # perhaps it has served another training
+            self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give a checkpoint's labels, or make the first: before training loaders have drawn a batch."""
@@ -136,6 +141,7 @@ class PseudoLabeler(Callback):
         epoch = trainer.current_epoch
         if self.every_n_epochs and epoch and epoch % self.every_n_epochs == 0 and self.epoch < epoch:
             self.advance(trainer, pl_module, epoch)
+        self.on_train_epoch_start(trainer, pl_module)  # a resumed loop need not call it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start again where a round asks for it: only now, so that checkpoints hold what was trained."""
@@ -147,8 +153,10 @@ class PseudoLabeler(Callback):
         """Relabel after every N whole epochs; an epoch cut short by ``max_steps`` will be finished by a resumed run."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         whole = progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
-        if self.every_n_epochs and whole and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.advance(trainer, pl_module, trainer.current_epoch + 1)
+        epoch = trainer.current_epoch + 1
+        # A run with `max_steps` that is resumed behind an epoch's last batch ends that epoch once more.
+        if self.every_n_epochs and whole and epoch % self.every_n_epochs == 0 and self.epoch < epoch:
+            self.advance(trainer, pl_module, epoch)
 
     def advance(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Go on to the next round after ``epoch`` epochs, unless it is time to stop. Every rank must call it."""
@@ -226,9 +234,10 @@ class PseudoLabeler(Callback):
         whole = trainer.estimated_stepping_batches
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         if self.every_n_epochs and whole < float("inf"):
-            epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             for schedule in schedules:
                 if getattr(schedule, "total_steps", None) == whole:
+                    trainer.fit_loop.setup_data()  # does nothing where Lightning has counted the batches already
+                    epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
                     schedule.total_steps = min(epoch * self.every_n_epochs, whole)  # type: ignore[attr-defined]
         optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
         self._fresh = optimizers, [copy.deepcopy(schedule.state_dict()) for schedule in schedules]

@@ -104,6 +104,10 @@ class Method(Persistent, Evaluated, LeanHooks):
             return 0.0
         return min(self.trainer.global_step / steps, 1.0)
 
+    def on_train_start(self) -> None:
+        """Hand a checkpoint's place in the data over: a schedule as long as the run asked for the loaders before it."""
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         """Seed the step where the run is seeded: dropout after a resume is then what it would have been."""
         if seed := os.environ.get("PL_GLOBAL_SEED"):
