@@ -34,15 +34,14 @@ class Halves(nn.Module):
 
 
 class Rest(nn.Module):
-    """The projection: the columns behind the logits."""
+    """The projection: the columns behind the logits, moved."""
 
     def __init__(self, in_features: int, num_outputs: int) -> None:
         super().__init__()
-        self.num_outputs = num_outputs
-        self.scale = nn.Parameter(torch.ones(()))
+        self.move = nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * features[:, -self.num_outputs :]
+        return features[:, -len(self.move) :] + self.move
 
 
 def comatch(**arguments) -> CoMatch:
@@ -155,7 +154,7 @@ def test_two_ranks_hold_one_memory_and_learn_what_one_process_would(on_ranks) ->
         for b in batches:
             share = {r: {k: v.chunk(ranks)[rank] for k, v in d.items()} for r, d in b.items()}
             loss = loss + made.training_step(share, 0)
-        gradients = torch.autograd.grad(loss, [made.network.scale, made.projection.scale])
+        gradients = torch.autograd.grad(loss, [made.network.scale, made.projection.move])
         return [*gradients, *made.bank.state_dict().values()]
 
     wanted = work(0, 1)
