@@ -132,7 +132,8 @@ class PseudoLabels(Data):
             }
         rows, table, weights = self._labels
         if rows.device != index.device:
-            rows, table, weights = self._labels = tuple(tensor.to(index.device) for tensor in self._labels)
+            rows, table, weights = (tensor.to(index.device) for tensor in self._labels)
+            self._labels = rows, table, weights
         row = rows[index]
         weight = weights[row]
         return {"pseudo_label": table[row], "pseudo_label_weight": weight, "has_pseudo_label": weight > 0}

@@ -3,7 +3,7 @@
 Xie et al., CVPR 2020, https://arxiv.org/abs/1911.04252
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from zoo.core.card import Card
 from zoo.semi_supervised.self_training import SelfTraining
@@ -25,7 +25,8 @@ class NoisyStudent(SelfTraining):
     Batch: ``labeled`` {image, strong, label}, ``unlabeled`` {strong, pseudo_label, pseudo_label_weight}.
 
     Args:
-        **kwargs: see :class:`~zoo.semi_supervised.self_training.SelfTraining`; ``view`` is ``"strong"``.
+        view: the student's view of unlabeled samples.
+        **kwargs: see :class:`~zoo.semi_supervised.self_training.SelfTraining`.
 
     Source: Xie et al. 2020, arXiv 1911.04252, algorithm 1.
     """
@@ -40,5 +41,5 @@ class NoisyStudent(SelfTraining):
     labeled_views: ClassVar[tuple[str, ...]] = ("image", "strong")
     labeled_view = "strong"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"view": "strong", **kwargs})
+    def __init__(self, view: Literal["weak", "strong"] = "strong", **kwargs: Any) -> None:
+        super().__init__(view=view, **kwargs)
