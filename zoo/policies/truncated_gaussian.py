@@ -81,9 +81,10 @@ class TruncatedGaussian(Policy):
         """Move the mean and the variance by the batches of all ranks, group by group."""
         group = label if self.per_class else torch.zeros_like(label)
         offset = confidence - self.mean[group]  # from a near value, so that the squares do not cancel
-        zeros = torch.zeros_like(self.mean)
-        parts = [zeros.scatter_add(0, group, x) for x in (torch.ones_like(offset), offset, offset**2)]
-        count, first, second = sum_across_ranks(torch.stack(parts)).unbind()
+        # A product by a mask adds up in one order on every device; scattered sums do not.
+        members = group == torch.arange(self.mean.numel(), device=group.device)[:, None]
+        powers = torch.stack([torch.ones_like(offset), offset, offset**2])
+        count, first, second = sum_across_ranks((powers[:, None] * members).sum(dim=2)).unbind()
         mean = self.mean + first / count.clamp_min(1.0)
         variance = (second - first**2 / count.clamp_min(1.0)).clamp_min(0.0) / (count - 1.0).clamp_min(1.0)
         known = count >= 2.0
