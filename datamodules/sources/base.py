@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -304,16 +307,68 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def broken_images(paths: Iterable[str | Path]) -> list[str]:
-    """Those of the files that PIL cannot read, each with a warning that names it."""
+def unreadable_images(paths: Iterable[str | Path], decode: bool = False) -> dict[str, str]:
+    """Those of the files that cannot be read, each with the reason.
+
+    Without ``decode`` only headers are read, and the last bytes of PNG and JPEG files: one that ends too early is then
+    read as a whole to be sure. That finds missing, empty, foreign and cut-off files in a fraction of the time, but not
+    damage in the middle. Of large sets the answer is kept (below ``$XDG_CACHE_HOME`` or ``~/.cache``) until a file
+    changes.
+
+    Args:
+        paths: image files.
+        decode: read every file as a whole.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = list(dict.fromkeys(map(str, paths)))
+    kept = _kept_answer(names, decode) if len(names) >= _MANY else None
+    if kept is not None and kept.is_file():
+        try:
+            return dict(json.loads(kept.read_text(encoding="utf-8")))
+        except ValueError:
+            pass  # cut off while it was written: find out anew
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:  # waits for the disk, mostly
+        reasons = pool.map(lambda name: _reason(name, decode), names)
+        broken = {name: reason for name, reason in zip(names, reasons, strict=True) if reason is not None}
+    if kept is not None:
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(broken), encoding="utf-8")
+    return broken
+
+
+_MANY = 2_000
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+
+
+def _reason(name: str, decode: bool) -> str | None:
     from PIL import Image
 
-    broken = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
+    try:
+        with Image.open(name) as image:
+            end = _ENDS.get(image.format or "")
+            if decode or (end is not None and not _ends_with(name, end)):
                 image.load()
-        except Exception as error:
-            broken.append(str(path))
-            warnings.warn(f"passing over the unreadable image {str(path)!r}: {error}", stacklevel=2)
-    return broken
+    except Exception as error:  # PIL raises a dozen kinds, also SyntaxError and DecompressionBombError
+        return str(error) or type(error).__name__
+    return None
+
+
+def _ends_with(name: str, end: bytes) -> bool:
+    """Whether it stands within the last bytes: some programs write a little behind it."""
+    with open(name, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+        return end in file.read()
+
+
+def _kept_answer(names: Sequence[str], decode: bool) -> Path:
+    digest = hashlib.sha256(f"1 {decode}".encode())
+    for name in names:
+        try:
+            status = os.stat(name)
+            digest.update(f"{os.path.abspath(name)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{os.path.abspath(name)} missing\n".encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelight"
+    return folder / f"images-{digest.hexdigest()[:32]}.json"

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import csv
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from datamodules.sources.base import FileSamples, MissingData, Samples, Source, broken_images, list_images
+from datamodules.sources.base import (
+    IMAGE_SUFFIXES,
+    FileSamples,
+    MissingData,
+    Samples,
+    Source,
+    list_images,
+    unreadable_images,
+)
 from datamodules.splits import counts, generator, proportional, stratified
-from zoo.core.errors import UserError
+from zoo.core.errors import UserError, suggest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,18 +62,37 @@ class _Files(Source):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Check that there are images; with ``skip_broken``, read every one and name those passed over.
+        """Check that there are images and that they can be read; with ``skip_broken``, say which are passed over.
 
         Raises:
             MissingData: when the folder or its images are missing.
+            UserError: when images cannot be read; see :func:`~datamodules.sources.base.unreadable_images`.
         """
         rows = self._rows()
         if self.skip_broken:
             self._find_broken(rows)
+            return
+        paths = [path for part in rows.values() for path, _ in part]
+        broken = unreadable_images(paths)
+        if broken:
+            first, reason = next(iter(broken.items()))
+            others = "".join(f", {path!r}" for path in list(broken)[1:5]) + (" ..." if len(broken) > 5 else "")
+            raise UserError(
+                f"{self.name}: cannot read the image {first!r}: {reason}. {len(broken)} of {len(paths)} images cannot "
+                f"be read{f' (also {others[2:]})' if others else ''}; skip_broken: true passes over them"
+            )
 
     def _find_broken(self, rows: dict[str, list[tuple[str, int]]]) -> frozenset[str]:
         if self._broken is None:
-            self._broken = frozenset(broken_images(path for part in rows.values() for path, _ in part))
+            paths = [path for part in rows.values() for path, _ in part]
+            broken = unreadable_images(paths, decode=True)
+            self._broken = frozenset(broken)
+            if broken:
+                named = "".join(f"\n  {path!r}: {reason}" for path, reason in broken.items())
+                warnings.warn(
+                    f"{self.name}: passing over {len(broken)} of {len(paths)} images that cannot be read:{named}",
+                    stacklevel=2,
+                )
         return self._broken
 
     def _part(self, part: str) -> FileSamples | None:
@@ -121,7 +150,8 @@ class ImageFolder(_Files):
         std: per channel; ImageNet's if not given.
         flip: whether mirrored images still show their class.
         test_fraction: share held out as test set where the folders make no split.
-        skip_broken: pass over unreadable images (each is named in a warning) instead of failing on them.
+        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start; to
+            find them every image is read once.
         seed: of that split.
     """
 
@@ -184,6 +214,11 @@ class ImageFolder(_Files):
         loose = Path(self.root) / "unlabeled"
         if loose.is_dir():
             rows["unlabeled"] = [(str(path), -1) for path in list_images(loose)]
+            if not rows["unlabeled"]:
+                raise MissingData(
+                    f"ImageFolder: {loose} holds no images ({', '.join(IMAGE_SUFFIXES)}); "
+                    "put the unlabelled ones there, or take the folder away"
+                )
         return rows
 
     def _read(self, folder: Path) -> list[tuple[str, int]]:
@@ -194,7 +229,8 @@ class FileList(_Files):
     """Images named in a text file: lines ``path label`` (the last space divides), or a CSV with columns path and label.
 
     Labels are class numbers from 0, or class names (numbered in sorted order); lists that count from 1 say
-    ``first_label: 1``. Paths are relative to ``root``. An empty label or -1 means unlabelled.
+    ``first_label: 1``. Further columns of a CSV are not looked at.
+    Paths are relative to ``root``. An empty label or -1 means unlabelled.
 
     Args:
         list_file: the training list.
@@ -204,11 +240,14 @@ class FileList(_Files):
         channels: 3 or 1.
         classes: names in the order of the class numbers; found from the lists if not given.
         first_label: the number of the first class in the lists.
+        path_column: a CSV's column of paths.
+        label_column: a CSV's column of labels.
         mean: per channel in 0..1; ImageNet's if not given.
         std: per channel; ImageNet's if not given.
         flip: whether mirrored images still show their class.
         test_fraction: share held out as test set where there is no test list.
-        skip_broken: pass over unreadable images (each is named in a warning) instead of failing on them.
+        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start; to
+            find them every image is read once.
         seed: of that split.
     """
 
@@ -221,6 +260,8 @@ class FileList(_Files):
         channels: int = 3,
         classes: tuple[str, ...] | None = None,
         first_label: int = 0,
+        path_column: str = "path",
+        label_column: str = "label",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         flip: bool = True,
@@ -233,6 +274,8 @@ class FileList(_Files):
         self.test_list = test_list
         self.root = root
         self.first_label = first_label
+        self.path_column = path_column
+        self.label_column = label_column
         self._names = tuple(classes) if classes else None
         self._raw: dict[str, list[tuple[str, str]]] = {}
 
@@ -259,17 +302,29 @@ class FileList(_Files):
                     f"FileList: there is no list {name!r} ({file.resolve()}). "
                     "Expected lines 'path label', or a CSV file with the columns path and label"
                 )
-            with file.open(encoding="utf-8", newline="") as lines:
+            with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets begin a file with a mark
                 if file.suffix.lower() == ".csv":
-                    table = csv.DictReader(lines)
-                    if not {"path", "label"} <= set(table.fieldnames or ()):
-                        raise UserError(
-                            f"FileList: {name} has the columns {table.fieldnames}; path and label are needed"
-                        )
-                    self._raw[name] = [(row["path"], (row["label"] or "").strip()) for row in table]
+                    self._raw[name] = list(self._csv_rows(name, csv.DictReader(lines)))
                 else:
-                    self._raw[name] = [_divide(line.strip(), name) for line in lines if line.strip()]
+                    numbered = enumerate(lines, 1)
+                    self._raw[name] = [_divide(line.strip(), name, n) for n, line in numbered if line.strip()]
         return self._raw[name]
+
+    def _csv_rows(self, name: str, table: csv.DictReader[str]) -> Iterator[tuple[str, str]]:
+        columns = table.fieldnames or ()
+        missing = [column for column in (self.path_column, self.label_column) if column not in columns]
+        if missing:
+            raise UserError(
+                f"FileList: {name} has the columns {', '.join(columns) or '(none)'}; {self.path_column} and "
+                f"{self.label_column} are needed. Other names: path_column and label_column."
+                f"{suggest(missing[0], columns)}"
+            )
+        for row in table:
+            path, label = row[self.path_column], row[self.label_column]
+            if None in row or not path or label is None:
+                wrong = f"not the {len(columns)} fields of the header" if path else "no path"
+                raise UserError(f"FileList: {name}, line {table.line_num}: {wrong}")
+            yield path, label.strip()
 
     def _rows(self) -> dict[str, list[tuple[str, int]]]:
         train = self._number(self.list_file)
@@ -313,8 +368,8 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _divide(line: str, name: str) -> tuple[str, str]:
+def _divide(line: str, name: str, number: int) -> tuple[str, str]:
     path, _, label = line.rpartition(" ")
     if not path:
-        raise UserError(f"FileList: {name} has the line {line!r}; expected 'path label'")
+        raise UserError(f"FileList: {name}, line {number} is {line!r}; expected 'path label'")
     return path, label

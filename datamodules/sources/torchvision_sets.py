@@ -54,7 +54,7 @@ class _TorchvisionSource(Source):
         for split in ("train", "test"):
             try:
                 self._open(split)
-            except RuntimeError:
+            except (RuntimeError, OSError):
                 self._fetch(split)
 
     def _fetch(self, split: str) -> None:
@@ -78,7 +78,7 @@ class _TorchvisionSource(Source):
     def _samples(self, split: str) -> Samples:
         try:
             dataset = self._open(split)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise self._missing(f"found nothing usable ({error})") from error
         images, labels = self._tensors(dataset)
         images = torch.as_tensor(images)
@@ -230,7 +230,8 @@ class STL10(_TorchvisionSource):
     Args:
         root: folder of all data sets.
         download: fetch the set when it is not there.
-        folds: a number 0..9 trains on one of the ten official folds of 1,000 labelled samples.
+        fold: a number 0..9 trains on one of the ten official folds of 1,000 labelled samples, as published results do;
+            the other labelled ones are left out.
     """
 
     classes = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -238,18 +239,18 @@ class STL10(_TorchvisionSource):
     mean = (0.4467, 0.4398, 0.4066)
     std = (0.2603, 0.2566, 0.2713)
     folder = "stl10_binary"
-    files = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin")
+    files = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin", "fold_indices.txt")
 
-    def __init__(self, root: str = "data", download: bool = True, folds: int | None = None) -> None:
+    def __init__(self, root: str = "data", download: bool = True, fold: int | None = None) -> None:
         super().__init__(root, download)
-        if folds is not None and not 0 <= folds <= 9:
-            raise UserError(f"STL10: folds={folds} must be 0..9, or null for all 5,000 labelled samples")
-        self.folds = folds
+        if fold is not None and not 0 <= fold <= 9:
+            raise UserError(f"STL10: fold={fold} must be 0..9, or null for all 5,000 labelled samples")
+        self.fold = fold
 
     def _open(self, split: str, download: bool = False) -> Any:
         from torchvision import datasets
 
-        return datasets.STL10(self.root, split=split, folds=self.folds if split == "train" else None, download=download)
+        return datasets.STL10(self.root, split=split, folds=self.fold if split == "train" else None, download=download)
 
     def _tensors(self, dataset: Any) -> tuple[Any, Any]:
         return dataset.data, dataset.labels

@@ -2,6 +2,7 @@ import ast
 import gzip
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from datamodules import (
     MissingData,
     MNIST5k,
     Optdigits,
+    SemiSupervisedData,
     find_source,
 )
-from datamodules.sources import FileSamples, TensorSamples
-from datamodules.sources.base import read_image
+from datamodules.sources import FileSamples, TensorSamples, base
+from datamodules.sources.base import read_image, unreadable_images
 from datamodules.sources.digits import resize
 
 
@@ -216,6 +218,31 @@ def test_stl10_from_its_own_files(tmp_path, monkeypatch):
     assert source.unlabeled().labels.tolist() == [-1] * 3
 
 
+def test_the_folds_of_stl10(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, count in (("train", 6), ("test", 2), ("unlabeled", 3)):
+        (np.arange(count, dtype=np.uint8)[:, None] * np.ones(27648, dtype=np.uint8)).tofile(folder / f"{name}_X.bin")
+        np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(STL10.classes))
+    (folder / "fold_indices.txt").write_text("\n".join(f"{fold % 6} {(fold + 2) % 6} " for fold in range(10)))
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    for fold in (0, 9):
+        source = STL10(str(tmp_path), download=False, fold=fold)
+        source.prepare()
+        assert source.train().labels.tolist() == [fold % 6, (fold + 2) % 6]
+        assert source.train().images[:, 0, 0, 0].tolist() == source.train().labels.tolist()
+        assert (len(source.test()), len(source.unlabeled())) == (2, 3)
+    assert len(STL10(str(tmp_path), download=False).train()) == 6
+    with pytest.raises(ValueError, match=r"STL10: fold=10 must be 0\.\.9"):
+        STL10(fold=10)
+    (folder / "fold_indices.txt").unlink()
+    with pytest.raises(MissingData, match=r"fold_indices.txt in .*stl10_binary"):
+        STL10(str(tmp_path), download=False, fold=1).prepare()
+
+
 def test_svhn_from_its_own_files(tmp_path, monkeypatch):
     from scipy.io import savemat
     from torchvision import datasets
@@ -327,14 +354,89 @@ def test_a_test_folder_may_not_have_other_classes(tree):
         ImageFolder(str(tree), size=8).prepare()
 
 
-def test_unreadable_images_are_named_or_passed_over(tree):
-    (tree / "train" / "ant" / "zz.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"cannot read the image '.*zz.jpg'"):
-        ImageFolder(str(tree), size=8).train()[[3]]
+def broken(tree):
+    """Four kinds of damage, of which the last shows only when the whole file is read."""
+    whole = picture(tree / "train" / "ant" / "y.png", size=(60, 60))
+    content = whole.read_bytes()
+    files = {"empty.png": b"", "foreign.jpg": b"no picture", "short.png": content[: len(content) // 2]}
+    middle = bytearray(content)
+    middle[45:55] = b"0123456789"
+    for name, data in {**files, "middle.png": bytes(middle)}.items():
+        (tree / "train" / "bee" / name).write_bytes(data)
+    jpeg = picture(tree / "test" / "ant" / "fine.jpg", size=(60, 60))
+    jpeg.write_bytes(jpeg.read_bytes() + b"added by a camera")
+    half = picture(tree / "test" / "ant" / "half.jpg", size=(60, 60))
+    half.write_bytes(half.read_bytes()[:-30])
+    return [*files, "half.jpg"]
+
+
+def test_unreadable_images_are_found_before_training(tree):
+    names = broken(tree)
+    paths = [str(path) for path in tree.rglob("*.*g")]
+    assert sorted(Path(path).name for path in unreadable_images(paths)) == sorted(names)
+    assert sorted(Path(path).name for path in unreadable_images(paths, decode=True)) == sorted([*names, "middle.png"])
+    with pytest.raises(ValueError, match=r"cannot read the image '.*empty.png'.* 4 of 19 .*foreign.jpg.* skip_broken"):
+        ImageFolder(str(tree), size=8).prepare()
+    samples = ImageFolder(str(tree), size=8).train()
+    damaged = [i for i, path in enumerate(samples.paths) if path.endswith("middle.png")]
+    with pytest.raises(ValueError, match=r"cannot read the image '.*middle.png'"):
+        samples[damaged]
+
+
+def test_unreadable_images_are_passed_over_on_request(tree):
+    names = broken(tree)
     source = ImageFolder(str(tree), size=8, skip_broken=True)
-    with pytest.warns(UserWarning, match=r"passing over the unreadable image '.*zz.jpg'"):
+    with pytest.warns(UserWarning, match=r"ImageFolder: passing over 5 of 19 images that cannot be read:") as caught:
         source.prepare()
-    assert len(source.train()) == 6
+    assert len(caught) == 1
+    assert all(name in str(caught[0].message) for name in [*names, "middle.png"])
+    assert len(source.train()) == 7
+    assert source.train()[list(range(7))]["image"].shape == (7, 3, 8, 8)
+    assert len(source.test()) == 7
+
+
+def test_a_missing_file_of_a_list_is_named(tree):
+    (tree / "all.csv").write_text("path,label\ntrain/ant/a photo 0.png,0\ntrain/bee/none.png,1\n")
+    with pytest.raises(ValueError, match=r"cannot read the image '.*none.png'.* 1 of 2"):
+        FileList(str(tree / "all.csv")).prepare()
+
+
+def test_large_sets_are_checked_once(tree, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(base, "_MANY", 5)
+    paths = [str(path) for path in tree.rglob("*.png")]
+    read, original = [], base._reason
+    monkeypatch.setattr(base, "_reason", lambda name, decode: read.append(name) or original(name, decode))
+    assert unreadable_images(paths) == unreadable_images(paths) == {}
+    assert sorted(read) == sorted(paths)
+    Path(paths[3]).write_bytes(b"changed")
+    assert list(unreadable_images(paths)) == [paths[3]]
+    assert list(unreadable_images(paths)) == [paths[3]]
+    assert len(read) == 2 * len(paths)
+
+
+def test_images_of_mixed_size_are_brought_to_one(tmp_path):
+    for name in ("ant", "bee"):
+        for number in range(4):
+            picture(tmp_path / name / f"{number}.png", size=(10 + 7 * number, 30 - 5 * number))
+    source = ImageFolder(str(tmp_path), size=8, test_fraction=0.25)
+    source.prepare()
+    assert source.train()[list(range(6))]["image"].shape == (6, 3, 8, 8)
+
+
+def test_unlabelled_images_in_their_folder(tree):
+    picture(tree / "unlabeled" / "deep" / "1.png")
+    picture(tree / "unlabeled" / "2.png")
+    source = ImageFolder(str(tree), size=8)
+    assert source.unlabeled().labels.tolist() == [-1, -1]
+    assert source.classes == ("ant", "bee")
+    data = SemiSupervisedData(source, labels_per_class=1, batch_size=2, unlabeled_ratio=1, val_size=2)
+    data.setup("fit")
+    assert len(data.roles["unlabeled"].samples) == 6 - 2 + 2
+    for path in (tree / "unlabeled").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(MissingData, match="unlabeled holds no images"):
+        source.prepare()
 
 
 def test_file_list_with_spaces_names_and_offsets(tree):
@@ -356,8 +458,24 @@ def test_file_list_from_csv_with_unlabelled_rows(tree):
     assert source.train().labels.tolist() == [0, 1]
     assert source.unlabeled().labels.tolist() == [-1]
     (tree / "bad.csv").write_text("file,label\n")
-    with pytest.raises(ValueError, match="path and label are needed"):
+    with pytest.raises(ValueError, match=r"bad.csv has the columns file, label; path and label are needed"):
         FileList(str(tree / "bad.csv")).prepare()
+    for line, message in (
+        ("a.png", "line 2: not the 2 fields"),
+        ("a.png,1,2", "line 2: not"),
+        (",1", "line 2: no path"),
+    ):
+        (tree / "bad.csv").write_text(f"path,label\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            FileList(str(tree / "bad.csv")).prepare()
+    (tree / "bad.txt").write_text("a.png 0\n\nb.png\n")
+    with pytest.raises(ValueError, match=r"bad.txt, line 3 is 'b.png'; expected 'path label'"):
+        FileList(str(tree / "bad.txt")).prepare()
+    other = "\ufeffid,file,kind\n7,train/ant/a photo 0.png,ant\n8,train/bee/a photo 0.png,bee\n"
+    (tree / "other.csv").write_text(other, encoding="utf-8")
+    source = FileList(str(tree / "other.csv"), str(tree / "other.csv"), path_column="file", label_column="kind", size=8)
+    source.prepare()
+    assert source.train()[[0, 1]]["label"].tolist() == [0, 1]
     with pytest.raises(MissingData, match="there is no list"):
         FileList(str(tree / "none.txt")).prepare()
 
