@@ -99,6 +99,21 @@ BEFORE = {
         ["a batch of 25 is larger than the 24 samples of the role 'labeled'", "allow_repeats"],
     ),
     "validation that leaves nothing": (["--data.val_size=60"], ["val_size=60 leaves nothing"]),
+    "fewer labels than classes": (
+        ["--data.labels_per_class=null", "--data.num_labels=2"],
+        ["SupervisedData: num_labels=2 must be at least 3", "a class without any label"],
+    ),
+    "more labels than there are": (
+        ["--data.labels_per_class=null", "--data.num_labels=100"],
+        ["num_labels=100, but class"],
+    ),
+    "threshold outside (0, 1]": (
+        ["--model=FixMatch", "--model.policy=Threshold", "--model.policy.threshold=1.5"]
+        + ["--data=SemiSupervisedData", "--data.unlabeled_ratio=2"],
+        ["threshold=1.5", "(0, 1]"],
+    ),
+    "texts for an image network": (["--data.source=Phrases"], ["Phrases has texts", "text_cnn"]),
+    "missing table": (["--data.source=TextTable", "--data.source.train=none.csv"], ["there is no file 'none.csv'"]),
     "unknown backbone": (["--model.network.backbone=tiny_mpl"], ["'tiny_mpl'", "Did you mean 'tiny_mlp'?"]),
     "unwritable run folder": (
         ["--trainer.default_root_dir=tiny.yaml/run"],
@@ -127,19 +142,44 @@ def test_checkpoint_of_another_number_of_classes(refused, command) -> None:
 # --- known in the middle ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image(here, refused, workers) -> None:
+def folder_of_images(here: Path) -> list[str]:
     for label in range(3):
         for number in range(8):
             for part in ("train", "test"):
                 path = here / "images" / part / f"class {label}" / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("L", (8, 8), 40 * label + number).save(path)
-    broken = here / "images" / "train" / "class 1" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:40])
+                Image.new("L", (8 + number, 8), 40 * label + number).save(path)  # of mixed size
     source = ["--data.source=ImageFolder", "--data.source.root=images", "--data.source.channels=1"]
-    source += ["--data.source.size=8", "--data.val_size=0"]
-    source += ["--data.labels_per_class=null", f"--data.num_workers={workers}"]
+    return [*source, "--data.source.size=8", "--data.val_size=0", "--data.labels_per_class=null"]
+
+
+@pytest.mark.parametrize("kind", ["half", "empty class", "empty unlabeled"])
+def test_folders_that_cannot_be_used_are_refused_before_training(here, refused, kind) -> None:
+    source = folder_of_images(here)
+    broken = here / "images" / "train" / "class 1" / "3.png"
+    if kind == "half":
+        broken.write_bytes(broken.read_bytes()[:40])
+        parts = ["cannot read the image", "class 1/3.png", "1 of 48", "skip_broken: true"]
+    elif kind == "empty class":
+        (here / "images" / "train" / "class 9").mkdir()
+        parts = ["SupervisedData: 1 of 4 classes have no labelled sample: 3 (class 9)"]
+    else:
+        (here / "images" / "unlabeled").mkdir()
+        parts = ["unlabeled holds no images"]
+    message = refused(*fit(*source))
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) == 1
+    assert not [*here.rglob("*.ckpt"), *here.rglob("metrics.*")], "training had begun"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image(here, refused, workers) -> None:
+    """Damage in the middle of a file, which shows when it is read."""
+    source = [*folder_of_images(here), f"--data.num_workers={workers}"]
+    broken = here / "images" / "train" / "class 1" / "3.png"
+    content = bytearray(broken.read_bytes())
+    content[45:50] = b"12345"
+    broken.write_bytes(bytes(content))
     message = refused(*fit(*source))
     assert "cannot read the image" in message
     assert "class 1/3.png" in message
