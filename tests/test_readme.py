@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand there, in the order in which they stand, made small by an overlay."""
+"""The blocks of every README run as they stand there, in the order in which they stand, made small by an overlay."""
 
 import os
 import re
@@ -28,10 +28,10 @@ data:
 """
 
 
-def blocks() -> list[tuple[str, str, str, str]]:
+def blocks(text: str) -> list[tuple[str, str, str, str]]:
     """(section, language, what, text) of every fenced block that is marked with ``file=`` or ``run``."""
     found, section = [], ""
-    for match in re.finditer(r"^#{2,3} ([^\n]+)$|^```(\w+) (\S+)\n(.*?)^```$", TEXT, re.M | re.S):
+    for match in re.finditer(r"^#{2,3} ([^\n]+)$|^```(\w+) (\S+)\n(.*?)^```$", text, re.M | re.S):
         if match[1]:
             section = match[1]
         else:
@@ -67,11 +67,12 @@ def shrink(words: list[str]) -> list[str]:
     return [*words, *small]
 
 
-def test_every_block_in_order(folder, monkeypatch) -> None:
+@pytest.mark.parametrize("readme", ["README.md", "zoo/semi_supervised/README.md"])
+def test_every_block_in_order(readme, folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    for section, language, what, text in blocks():
-        print("README:", section, what)  # noqa: T201 - names the block when a later line fails
+    for section, language, what, text in blocks((ROOT / readme).read_text()):
+        print(readme, section, what)  # noqa: T201 - names the block when a later line fails
         run_block(folder, section, language, what, text)
 
 
