@@ -160,7 +160,7 @@ def _confusion(axis: Any, counts: Counts | None, classes: Sequence[str] | None) 
 def _per_class(
     axis: Any, values: Mapping[str, Sequence[float | None]], classes: Sequence[str] | None, title: str
 ) -> None:
-    """Bars of each class, side by side; of many classes only lines, sorted by the last values."""
+    """Bars of each class, side by side; many classes as points, sorted by the last values, which are a line."""
     axis.set_title(title)
     count = len(next(iter(values.values())))
     columns = {name: [float("nan") if v is None else v for v in column] for name, column in values.items()}
@@ -168,7 +168,8 @@ def _per_class(
         by = list(columns.values())[-1]
         order = sorted(range(count), key=lambda c: -by[c] if by[c] == by[c] else 1.0)
         for name, column in columns.items():
-            axis.plot([column[c] for c in order], label=name, linewidth=1, drawstyle="steps-mid")
+            look: dict[str, Any] = {"linewidth": 1.5} if column is by else {"linestyle": "none", "marker": "."}
+            axis.plot([column[c] for c in order], label=name, markersize=3, **look)
         axis.set_xlabel(f"classes, by {list(columns)[-1]}")
     else:
         width = 0.8 / len(columns)

@@ -137,24 +137,35 @@ def test_reports_beside_each_validation(method, points, trainer) -> None:
     assert [row["step"] for row in without.history] == [6, 8]
 
 
-def test_counts_survive_a_resume(method, points, trainer, tmp_path) -> None:
+def note_samples(monkeypatch, folder) -> None:
+    """Write down how many samples the first report of each rank is about."""
+    original = PseudoLabelCounts.values
+
+    def values(self, *arguments):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if not (path := folder / f"samples {rank}").exists():
+            path.write_text(str(self.samples))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(PseudoLabelCounts, "values", values)
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_counts_survive_a_resume(method, points, trainer, tmp_path, monkeypatch, step) -> None:
     class Save(Callback):
         def on_train_batch_end(self, trainer, *_) -> None:
-            if trainer.global_step in (3, 9):
-                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
 
-    whole = PseudoLabelDiagnostics(2)
+    whole, resumed = PseudoLabelDiagnostics(2), PseudoLabelDiagnostics(2)
     trainer(whole, Save(), max_epochs=2, limit_val_batches=0).fit(scripted(method), points())
-    for step in (3, 9):
-        resumed = PseudoLabelDiagnostics(2)
-        again = trainer(resumed, max_epochs=2, limit_val_batches=0)
-        again.fit(scripted(method), points(), ckpt_path=tmp_path / f"{step}.ckpt", weights_only=True)
-        # the points' loader starts its epoch anew, so the resumed epoch has seen three more batches
-        assert [row["step"] for row in resumed.history][: step // 6] == [6][: step // 6]
-        found = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["callbacks"]["PseudoLabelDiagnostics"]
-        assert found["samples"] == 12
-        assert len(found["history"]) == step // 6
-    assert len(whole.history) == 2
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["PseudoLabelDiagnostics"]
+    assert state["samples"] == 12  # three steps of four since the last report
+    note_samples(monkeypatch, tmp_path)
+    again = trainer(resumed, max_epochs=2, limit_val_batches=0)
+    again.fit(scripted(method), points(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert (tmp_path / "samples 0").read_text() == "24"
+    assert [row["step"] for row in resumed.history] == [row["step"] for row in whole.history] == [6, 12]
 
 
 def test_the_state_is_what_was_counted() -> None:
@@ -167,7 +178,7 @@ def test_the_state_is_what_was_counted() -> None:
     assert PseudoLabelDiagnostics().state_dict() == {}
 
 
-def test_two_processes(method, points, trainer, tmp_path, two_ranks) -> None:
+def test_two_processes(method, points, trainer, tmp_path, two_ranks, monkeypatch) -> None:
     class Save(Callback):
         def on_fit_end(self, trainer, pl_module) -> None:
             torch.save([diagnostics.values, diagnostics.per_class], tmp_path / f"{trainer.global_rank}.pt")
@@ -185,6 +196,12 @@ def test_two_processes(method, points, trainer, tmp_path, two_ranks) -> None:
         assert torch.load(tmp_path / f"{rank}.pt") == [one.values, one.per_class]
     state = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]["PseudoLabelDiagnostics"]
     assert state["samples"] == 16  # two steps of four on both ranks
+
+    # resumed, every rank has read the sums of both, and they count once
+    note_samples(monkeypatch, tmp_path)
+    again = trainer(PseudoLabelDiagnostics(), **two_ranks)
+    again.fit(scripted(method, answers), points(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert (tmp_path / "samples 0").read_text() == (tmp_path / "samples 1").read_text() == "24"
 
 
 class Reads(TorchDispatchMode):
