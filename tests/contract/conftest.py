@@ -28,6 +28,7 @@ RANDOM: set[str] = {
     "DMixMatch",
     "DST",
     "DecoupledMixup",
+    "MetaPseudoLabels",
     "MixMatch",
     "ReMixMatch",
     "VAT",
