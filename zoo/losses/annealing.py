@@ -20,7 +20,7 @@ def annealing_threshold(progress: float, num_classes: int, schedule: Literal["li
         num_classes: C.
         schedule: log releases the labels early, exp late (for few labels).
 
-    Source: Xie et al. 2020, arXiv 1904.12848, section 3.
+    Source: Xie et al. 2020, arXiv 1904.12848: training signal annealing.
     """
     alpha = {"linear": progress, "log": 1.0 - math.exp(-5.0 * progress), "exp": math.exp(5.0 * (progress - 1.0))}
     return alpha[schedule] * (1.0 - 1.0 / num_classes) + 1.0 / num_classes
@@ -40,7 +40,7 @@ def annealed_cross_entropy(logits: Tensor, labels: Tensor, threshold: float, lab
         threshold: η, 1 keeps everything.
         label_smoothing: as in torch's ``cross_entropy``.
 
-    Source: Xie et al. 2020, arXiv 1904.12848, section 3; USB divides by B.
+    Source: Xie et al. 2020, arXiv 1904.12848: training signal annealing, and its image code; USB divides by B.
     """
     logits = logits.float() if logits.element_size() < 4 else logits
     correct = logits.detach().softmax(dim=1).gather(1, labels[:, None])[:, 0]

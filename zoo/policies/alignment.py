@@ -129,7 +129,7 @@ class LabeledAlignment(Alignment):
     Raises:
         UserError: if an argument is out of its range; in :meth:`forward` where no labeled logits are given.
 
-    Source: Berthelot et al. 2022, arXiv 2106.04732, section 3.2.
+    Source: Berthelot et al. 2022, arXiv 2106.04732: distribution alignment.
     """
 
     labeled_mean: Tensor

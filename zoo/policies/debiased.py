@@ -29,7 +29,7 @@ class DebiasedThreshold(Policy):
     Raises:
         UserError: if an argument is out of its range.
 
-    Source: Wang et al. 2022, arXiv 2201.01490, section 4.2.
+    Source: Wang et al. 2022, arXiv 2201.01490: adaptive debiasing.
     """
 
     marginal: Tensor

@@ -42,7 +42,7 @@ class FlexibleThreshold(Policy):
     Raises:
         UserError: if an argument is out of its range; in :meth:`forward` where the samples' numbers are unknown.
 
-    Source: Zhang et al. 2021, arXiv 2110.08263, equations 6, 7, 10 and 11.
+    Source: Zhang et al. 2021, arXiv 2110.08263: curriculum pseudo labeling, threshold warm-up, non-linear mapping.
     """
 
     sized_by_data: ClassVar[tuple[str, ...]] = ("classes",)

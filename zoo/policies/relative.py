@@ -29,7 +29,7 @@ class RelativeThreshold(Policy):
     Raises:
         UserError: if ``threshold`` is outside (0, 1]; in :meth:`forward` where no labeled logits are given.
 
-    Source: Berthelot et al. 2022, arXiv 2106.04732, section 3.3.
+    Source: Berthelot et al. 2022, arXiv 2106.04732: relative confidence threshold.
     """
 
     relative: Tensor

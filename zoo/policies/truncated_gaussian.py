@@ -34,7 +34,7 @@ class TruncatedGaussian(Policy):
     Raises:
         UserError: if an argument is out of its range.
 
-    Source: Chen et al. 2023, arXiv 2301.10921, equations 5 to 9.
+    Source: Chen et al. 2023, arXiv 2301.10921: truncated Gaussian function and uniform alignment.
     """
 
     mean: Tensor

@@ -40,7 +40,7 @@ class AdaMatch(FixMatch):
     Raises:
         UserError: if ``ramp`` is outside [0, 1].
 
-    Source: Berthelot et al. 2022, arXiv 2106.04732, sections 3.1 to 3.4; the released code of the semi-supervised runs.
+    Source: Berthelot et al. 2022, arXiv 2106.04732, section 3; the released code of the semi-supervised runs.
     """
 
     card = Card(

@@ -33,7 +33,7 @@ class DebiasMatch(FixMatch):
     Raises:
         UserError: if the policy is of another kind.
 
-    Source: Wang et al. 2022, arXiv 2201.01490, section 4.2, equations 4 to 7, without the loss of CLD.
+    Source: Wang et al. 2022, arXiv 2201.01490: adaptive debiasing and adaptive marginal loss, without CLD.
     """
 
     card = Card(

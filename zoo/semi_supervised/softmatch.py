@@ -26,7 +26,7 @@ class SoftMatch(FixMatch):
         policy: from the number of classes to a policy.
         **kwargs: see :class:`~zoo.semi_supervised.fixmatch.FixMatch`.
 
-    Source: Chen et al. 2023, arXiv 2301.10921, equations 5 to 9.
+    Source: Chen et al. 2023, arXiv 2301.10921: truncated Gaussian function and uniform alignment.
     """
 
     card = Card(

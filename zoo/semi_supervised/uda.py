@@ -38,7 +38,7 @@ class UDA(FixMatch):
     Raises:
         UserError: if ``annealing`` is unknown, or the criterion is not cross-entropy when it is used.
 
-    Source: Xie et al. 2020, arXiv 1904.12848, equation 1 and section 3; the image code for τ and T.
+    Source: Xie et al. 2020, arXiv 1904.12848, with its additional training techniques; the image code for τ and T.
     """
 
     card = Card(
