@@ -3,7 +3,7 @@
 Feng et al., ICLR 2022, https://arxiv.org/abs/2110.06014
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from zoo.core.card import Card
 from zoo.core.errors import UserError
 from zoo.core.memory import MemoryBank
+from zoo.core.network import Network
 from zoo.losses import nearest_neighbor_loss
 from zoo.semi_supervised.supervised import Supervised
 
@@ -76,11 +77,9 @@ class LOOK(Supervised):
         """Every sample among its neighbours of earlier steps and of this one."""
         labeled = batch["labeled"]
         labels, index = labeled["label"], labeled["index"]
-        features = self.network.features(labeled["image"])
+        features, teacher = self.network.features(labeled["image"]), cast(Network, self.teacher.module)
         with torch.no_grad():
-            self.memory.update(
-                normalize(self.teacher.module.features(labeled["image"]).float(), dim=1), label=labels, index=index
-            )
+            self.memory.update(normalize(teacher.features(labeled["image"]).float(), dim=1), label=labels, index=index)
         loss = nearest_neighbor_loss(
             normalize(features.float(), dim=1),
             labels,
