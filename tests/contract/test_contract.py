@@ -29,11 +29,9 @@ def parts(path: Path) -> str:
 
     def classes(value: Any) -> Any:
         if isinstance(value, dict):
-            inner = {
-                k: classes(v) for k, v in value.items() if k not in ("network", "optimizer", "scheduler", "source")
-            }
-            return {k: v for k, v in inner.items() if k == "class_path" or v}
-        return value if isinstance(value, str) and value[:1].isupper() else None
+            inner = {k: classes(v) for k, v in value.items() if k not in ("optimizer", "scheduler")}
+            return {k: v for k, v in inner.items() if v}
+        return value if isinstance(value, str) else None
 
     config = yaml.safe_load(path.read_text())
     return yaml.safe_dump([config["data"]["class_path"], classes(config["model"])])
