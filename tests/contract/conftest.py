@@ -30,6 +30,7 @@ RANDOM: set[str] = {
     "DecoupledMixup",
     "MetaPseudoLabels",
     "MixMatch",
+    "NoisyStudent",
     "ReMixMatch",
     "VAT",
 }
