@@ -127,13 +127,17 @@ def test_only_strong_views_learn_from_unlabeled_samples() -> None:
     b = batch()
     for view in b["unlabeled"].values():
         view.requires_grad_()
-    got = terms(comatch(), b)
+    made = comatch(smoothing=0.5, threshold=0.3)
+    made.bank.update(torch.randn(16, 5), probabilities=torch.randn(16, 4).softmax(1))
+    got = terms(made, b)
     views = list(b["unlabeled"].values())
     weak, strong, strong_2 = torch.autograd.grad(got["contrastive"], views, allow_unused=True, retain_graph=True)
     assert weak is None or not weak.any()
     assert strong[:, -5:].any()
     assert strong_2[:, -5:].any()
-    weak, strong, strong_2 = torch.autograd.grad(got["unlabeled"], views, allow_unused=True)
+    inputs = [*views, made.projection.move]
+    weak, strong, strong_2, projection = torch.autograd.grad(got["unlabeled"], inputs, allow_unused=True)
+    assert projection is None  # only in targets
     assert strong[:, :4].any()
     assert all(x is None or not x.any() for x in (weak, strong_2))
 

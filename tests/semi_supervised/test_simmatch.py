@@ -159,6 +159,7 @@ def test_gradients_reach_the_strong_view_only() -> None:
     weak, strong, labeled = torch.autograd.grad(got["instance"], inputs, allow_unused=True)
     assert strong.any()
     assert all(x is None or not x.any() for x in (weak, labeled))
+    assert torch.autograd.grad(got["unlabeled"], made.projection.move, allow_unused=True) == (None,)  # only in targets
 
 
 def test_the_teacher_is_the_average_of_network_and_projection() -> None:
