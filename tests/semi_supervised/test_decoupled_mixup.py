@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo import DecoupledMixup, Supervised
 from zoo.core.errors import UserError
-from zoo.losses import decoupled_binary_cross_entropy, decoupled_cross_entropy
+from zoo.losses import boxes, decoupled_binary_cross_entropy, decoupled_cross_entropy, mixed_targets, mixing_shares
 
 
 class Pixels(nn.Module):
@@ -51,7 +51,7 @@ def test_the_step_is_the_equation_on_its_draws(loss, extra, per_sample) -> None:
     value = drawn(built(loss=loss, alpha=0.7, per_sample=per_sample, **extra), b)
     torch.manual_seed(0)
     partners = torch.randperm(6)
-    share = torch.distributions.Beta(0.7, 0.7).sample((6 if per_sample else 1,))
+    share = mixing_shares(6 if per_sample else 1, 0.7, dominant=False)
     x, y = b["labeled"]["image"], b["labeled"]["label"]
     lam = share.view(-1, 1, 1, 1)
     z = (lam * x + (1 - lam) * x[partners]).mean(dim=(2, 3))
@@ -69,12 +69,7 @@ def test_cutmix_labels_go_by_what_is_left() -> None:
     value = drawn(built(mixing="cutmix", eta=0.0), b, seed=1)
     torch.manual_seed(1)
     partners = torch.randperm(6)
-    torch.distributions.Beta(1.0, 1.0).sample((6,))
-    from zoo.losses import boxes, mixed_targets
-
-    torch.manual_seed(1)
-    torch.randperm(6)
-    pasted = boxes(torch.distributions.Beta(1.0, 1.0).sample((6,)), 6, 4, 4)
+    pasted = boxes(mixing_shares(6, 1.0, dominant=False), 6, 4, 4)
     left = 1 - pasted.float().mean(dim=(1, 2, 3))
     x, y = b["labeled"]["image"].mean(dim=(2, 3)), b["labeled"]["label"]
     z = left.unsqueeze(1) * x + (1 - left.unsqueeze(1)) * x[partners]

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo import DMixMatch, FixMatch
 from zoo.core.errors import UserError
-from zoo.losses import decoupled_cross_entropy
+from zoo.losses import decoupled_cross_entropy, mixing_shares
 from zoo.policies import Threshold
 
 
@@ -94,8 +94,8 @@ def test_mixtures_by_hand() -> None:
     found = terms(method, b, 1.0)
     torch.manual_seed(0)
     partners = torch.randperm(4)
-    lam = torch.distributions.Beta(1.0, 1.0).sample((8,))
-    lam = torch.maximum(lam, 1 - lam)
+    lam = mixing_shares(8, 1.0)
+    assert (lam >= 0.5).all()
     x, y, weak = b["labeled"]["image"], b["labeled"]["label"], b["unlabeled"]["weak"]
     a, u = lam[:4].unsqueeze(1), lam[4:].unsqueeze(1)
 
