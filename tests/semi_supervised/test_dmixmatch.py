@@ -134,10 +134,23 @@ def test_a_small_part_need_be_less_sure() -> None:
     weak = torch.tensor([[0.6, 0.2, 0.2]] * 3).log()
     refused = torch.zeros(3)
     share = torch.tensor([0.5, 0.35, 0.9])
-    assert built().trusted(weak, refused, share).tolist() == [0.0] * 3
     assert built(mixture_threshold=0.55).trusted(weak, refused, share).tolist() == [1.0, 0.0, 1.0]
     assert built(mixture_threshold=0.7).trusted(weak, refused, share).tolist() == [0.0] * 3
     assert built(mixture_threshold=0.7).trusted(weak, 1 - refused, share).tolist() == [1.0] * 3
+
+
+def test_the_threshold_of_mixtures_is_used_and_none_is_the_policys() -> None:
+    weights = {t: terms(built(mixture_threshold=t), batch(), 1.0)["mixed_unlabeled"].item() for t in (None, 0.01, 1.0)}
+    assert weights[None] == weights[1.0] < weights[0.01]
+
+
+@pytest.mark.parametrize("labeler", ["student", "teacher"])
+def test_either_may_label(labeler) -> None:
+    method = built(labeler=labeler, mixture_threshold=0.45)
+    same = drawn(method, batch())
+    with torch.no_grad():
+        method.teacher.module.head.bias += torch.tensor([0.0, 0.0, 20.0])
+    assert torch.equal(drawn(method, batch()), same) == (labeler == "student")
 
 
 def test_gradients_reach_both_heads_and_not_the_average() -> None:

@@ -46,6 +46,7 @@ class DMixMatch(FixMatch):
         mixed_labeled_weight: :math:`\lambda_{ll}` ≥ 0.
         mixed_unlabeled_weight: :math:`\lambda_{lu}` ≥ 0.
         mixture_head: recipe of the second head.
+        labeler: whose predictions label, the average's as released.
         **kwargs: see :class:`~zoo.semi_supervised.fixmatch.FixMatch`.
 
     Raises:
@@ -72,9 +73,10 @@ class DMixMatch(FixMatch):
         mixed_labeled_weight: float = 1.0,
         mixed_unlabeled_weight: float = 1.0,
         mixture_head: Callable[[int, int], Head] = Linear,
+        labeler: Literal["student", "teacher"] = "teacher",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(labeler=labeler, **kwargs)
         weights = {"mixed_labeled_weight": mixed_labeled_weight, "mixed_unlabeled_weight": mixed_unlabeled_weight}
         for name, value in {"alpha": alpha, "eta": eta, "share_power": share_power, **weights}.items():
             if value < 0.0:
@@ -99,43 +101,44 @@ class DMixMatch(FixMatch):
         rest = (1 - share) ** self.share_power * partner if both else 0.0
         return loss + self.eta * (share**self.share_power * own + rest)
 
-    def trusted(self, weak: Tensor, weights: Tensor, share: Tensor) -> Tensor:
-        """Which pseudo-labels count in a mixture, v (B,)."""
-        if self.mixture_threshold is None:
-            return weights
-        cutoff = (1 - share).clamp(min=self.mixture_threshold)
-        return torch.maximum(weights, (weak.float().softmax(dim=1).amax(dim=1) >= cutoff).to(weights.dtype))
-
-    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        """FixMatch with the average's labels, and two kinds of mixtures."""
-        labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        x, labels = labeled["image"], labeled["label"]
-        require_pixels(self, x, unlabeled["weak"])
-        weak = self.teacher(unlabeled["weak"])
-
+    def student(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        """FixMatch's logits, then those of both kinds of mixtures, their shares, and who was mixed with whom."""
+        x, weak, strong = batch["labeled"]["image"], batch["unlabeled"]["weak"], batch["unlabeled"]["strong"]
+        require_pixels(self, x, weak)
         count = min(len(x), len(weak))
         partners = torch.randperm(len(x)).to(x.device, non_blocking=True)
-        share_ll, share_lu = mixing_shares(len(x) + count, self.alpha).to(x.device).split([len(x), count])
-        mixed_ll = blend(x, x[partners], share_ll)
-        mixed_lu = blend(x[:count], unlabeled["weak"][:count], share_lu)
-        plain, strong, mixed_ll, mixed_lu = self.together(
-            [x, unlabeled["strong"], mixed_ll, mixed_lu], call=self.network.features
+        shares = mixing_shares(len(x) + count, self.alpha).to(x.device, non_blocking=True)
+        share_ll, share_lu = shares.split([len(x), count])
+        mixtures = [blend(x, x[partners], share_ll), blend(x[:count], weak[:count], share_lu)]
+        watched = [weak] if self.labeler == "student" else []
+        plain, strong, mixed_ll, mixed_lu, *watched = self.together(
+            [x, strong, *mixtures], watched, self.network.features
         )
-        logits, strong = self.network.logits(plain), self.network.logits(strong)
-        targets, weights = self.policy(weak, **self.evidence(batch, logits))
-        self.watch(unlabeled, targets, weights)
+        own = [self.network.logits(features) for features in (plain, strong)]
+        own += [self.network.logits(features).detach() for features in watched]
+        return (*own, self.mixture_head(mixed_ll), self.mixture_head(mixed_lu), share_ll, share_lu, partners)
 
-        classes = (targets if targets.ndim == 1 else targets.argmax(dim=1))[:count]
-        loss_ll = self.mixture_loss(self.mixture_head(mixed_ll), labels, labels[partners], share_ll, both=True)
-        loss_lu = self.mixture_loss(
-            self.mixture_head(mixed_lu), labels[:count], classes, share_lu, both=self.decoupled == "both"
-        )
-        ramp = 1.0 - cosine_decay(self.progress)
-        return self.report(
-            supervised=self.criterion(logits, labels),
-            unlabeled=self.unlabeled_weight * (weights * cross_entropy(strong, targets, reduction="none")).mean(),
-            mixed_labeled=self.mixed_labeled_weight * loss_ll.mean(),
-            mixed_unlabeled=ramp
-            * self.mixed_unlabeled_weight
-            * (self.trusted(weak[:count], weights[:count], share_lu) * loss_lu).mean(),
-        )
+    def losses(
+        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
+    ) -> dict[str, Tensor]:
+        """FixMatch's terms, and two kinds of mixtures."""
+        mixed_ll, mixed_lu, share_ll, share_lu, partners = outputs[-5:]
+        labels, count = batch["labeled"]["label"], len(share_lu)
+        pseudo_labels, weights = (part[:count] for part in targets)
+        if self.mixture_threshold is not None:
+            weak = outputs[2][:count] if self.labeler == "student" else self.teacher(batch["unlabeled"]["weak"][:count])
+            weights = self.trusted(weak, weights, share_lu)
+        classes = pseudo_labels if pseudo_labels.ndim == 1 else pseudo_labels.argmax(dim=1)
+        loss_ll = self.mixture_loss(mixed_ll, labels, labels[partners], share_ll, both=True)
+        loss_lu = self.mixture_loss(mixed_lu, labels[:count], classes, share_lu, both=self.decoupled == "both")
+        ramped = self.mixed_unlabeled_weight * (1.0 - cosine_decay(self.progress))
+        return {
+            **super().losses(batch, outputs, targets),
+            "mixed_labeled": self.mixed_labeled_weight * loss_ll.mean(),
+            "mixed_unlabeled": ramped * (weights * loss_lu).mean(),
+        }
+
+    def trusted(self, weak: Tensor, weights: Tensor, share: Tensor) -> Tensor:
+        """Which pseudo-labels count in a mixture, v (B,), from the weak logits (B, C) and the policy's weights (B,)."""
+        cutoff = (1 - share).clamp(min=self.mixture_threshold)
+        return torch.maximum(weights, (weak.float().softmax(dim=1).amax(dim=1) >= cutoff).to(weights.dtype))
