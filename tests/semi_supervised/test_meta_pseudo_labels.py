@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -5,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo import MetaPseudoLabels
 from zoo.core.errors import UserError
+from zoo.policies import Threshold
 
 
 class Small(nn.Module):
@@ -65,6 +68,24 @@ def test_a_step_that_helps_has_positive_feedback_and_makes_its_pseudo_labels_lik
     drawn = (strong.detach() - torch.empty_like(strong).exponential_().log()).argmax(1)
     expected = torch.autograd.grad(cross_entropy(strong, drawn), list(method.tutor.parameters()))
     torch.testing.assert_close(only, torch.cat([g.flatten() for g in expected]), atol=1e-5, rtol=1e-4)
+
+
+def test_loss_is_the_sum_of_its_four_terms() -> None:
+    policy = partial(Threshold, threshold=0.45, temperature=0.7, soft=True)
+    method, b = build(consistency_weight=3.0, feedback_weight=0.5, policy=policy), batch()
+    method.feedback = lambda *_: torch.tensor(0.4)
+    torch.manual_seed(3)
+    loss = method.training_step(b, 0)
+    torch.manual_seed(3)
+    x, u = b["labeled"], b["unlabeled"]
+    logits, strong, weak = method.tutor(torch.cat([x["image"], u["strong"], u["weak"]])).split([6, 9, 9])
+    drawn = (strong.detach() - torch.empty_like(strong).exponential_().log()).argmax(1)
+    q = (weak.detach() / 0.7).softmax(1)
+    kept = (weak.softmax(1).max(1).values >= 0.45).float()
+    assert 0 < kept.sum() < 9
+    expected = cross_entropy(method.network(u["strong"]), drawn) + cross_entropy(logits, x["label"])
+    expected = expected + 3 * (kept * cross_entropy(strong, q, reduction="none")).mean()
+    torch.testing.assert_close(loss, expected + 0.5 * 0.4 * cross_entropy(strong, drawn))
 
 
 def test_the_virtual_step_changes_nothing() -> None:
