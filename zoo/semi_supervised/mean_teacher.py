@@ -31,7 +31,8 @@ class MeanTeacher(TeacherStudent):
         warmup: let the average forget the random start by a smaller :math:`m` early on, see
             :class:`~zoo.core.teachers.EMA`.
         teacher_mode: ``"eval"``: the teacher predicts as in an evaluation; ``"train"``: with dropout, and with the
-            batch's own statistics in BatchNorm, as in the authors' code.
+            batch's own statistics in BatchNorm, as in the authors' code. The running statistics of ``"eval"`` are the
+            student's: while it moves fast they fit the average's weights badly, and the two can mislead each other.
         **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
 
     Raises:
