@@ -27,8 +27,8 @@ class CRMatch(FixMatch):
     image. :math:`h` is a linear map of its own, so that the distance does not act on the classifier's features
     directly, and :math:`p_r` has one hidden layer; both are gone after training.
 
-    Here :math:`h` acts on pooled features; USB flattens the last map, which ties the network to
-    one size of images. A quarter of the batch each is turned by 0, 90, 180 and 270 degrees, rather than all by all.
+    Here :math:`h` acts on pooled features; USB flattens the last map, which ties the network to one size of images. A
+    quarter of the batch each is turned by 0, 90, 180 and 270 degrees, rather than all by all.
 
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, strong, hidden_label (watched only)}.
 

@@ -27,7 +27,9 @@ class DeFixMatch(FixMatch):
 
     Args:
         policy: from the number of classes to a policy, which maps weak logits (μB, C) to targets and weights (μB,).
-        unlabeled_weight: :math:`\lambda` ≥ 0. With 0 it is supervised learning on both views.
+        unlabeled_weight: :math:`\lambda` ≥ 0. With 0 it is supervised learning on both views. Above 1/2 a confident,
+            right prediction for a labeled sample costs its strong view more than its label gives back, so that the loss
+            has no lower bound.
         **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
 
     Source: Schmutz et al. 2023, arXiv 2203.07512, section 3 and, for FixMatch, section 5; supervised on both views as
