@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -151,6 +153,16 @@ def test_after_a_fit_of_the_best_and_of_the_baseline(trainer, tmp_path) -> None:
     for prefix in ("", "best/", "baseline/"):
         assert f"{prefix}open_set/max_logit/auroc" in metrics
     assert metrics["open_set/max_logit/auroc"] == pytest.approx(by_hand(module, data())["auroc"], abs=1e-6)
+
+
+def test_repeated_and_unlabelled_samples_do_not_count() -> None:
+    callback, logged = OpenSetEvaluation(), {}
+    callback._rows = [(torch.tensor([0, 1, 1, 2]), torch.tensor([[1.0, 3.0], [0.0, 2.0], [0.0, 2.0], [-1.0, 9.0]]))]
+    callback._score_unknown = lambda *_: [(torch.tensor([0, 1]), torch.tensor([[-1.0, 2.0], [-1.0, 0.0]]))]
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    callback.on_test_epoch_end(trainer, SimpleNamespace(log_dict=lambda values, **_: logged.update(values)))
+    expected = open_set_metrics(torch.tensor([3.0, 2.0]), torch.tensor([2.0, 0.0]), torch.tensor([True, False]))
+    assert logged == {f"open_set/max_logit/{name}": value for name, value in expected.items()}
 
 
 def test_errors(trainer, points, method) -> None:
