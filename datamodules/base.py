@@ -221,8 +221,18 @@ class Data(LightningDataModule):
         return self._evaluation_loaders(self.evaluation_sets("val")) or []
 
     def test_dataloader(self) -> Any:
-        """Loaders by name."""
-        return self._evaluation_loaders(self.evaluation_sets("test"))
+        """Loaders by name.
+
+        Raises:
+            UserError: when no test sample has a label.
+        """
+        sets = self.evaluation_sets("test")
+        for name, samples in sets.items():
+            if not samples.columns and len(samples) and bool((samples.labels < 0).all()):
+                raise UserError(
+                    f"{self._owner}: no sample of {name!r} has a label, so nothing can be measured; predict"
+                )
+        return self._evaluation_loaders(sets)
 
     def predict_dataloader(self) -> Any:
         """The prediction set in order, or every image below ``predict_folder``."""

@@ -2,7 +2,8 @@
 
 A training batch maps roles (``labeled``, ``unlabeled``, ``source``, ``target``, ``weak``) to the dictionaries below.
 An evaluation batch is one flat :class:`Evaluation`. Every key but the ones named here is a mistake, and what stands
-under ``hidden_label`` is the truth about samples a method must not know: only metrics may read it.
+under ``hidden_label`` is the truth about samples a method must not know: only metrics may read it. For texts, what is
+said here of images, views among them, are token ids (B, L) int64.
 """
 
 from __future__ import annotations

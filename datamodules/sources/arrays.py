@@ -13,6 +13,16 @@ from datamodules.splits import counts, proportional
 from zoo.core.errors import UserError
 
 
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"ArraySource: {name} are not numbers of one shape; images of mixed size go into a folder "
+            f"of files ({error})"
+        ) from error
+
+
 class ArraySource(Source):
     """Tensors ``images`` (N, C, H, W), (N, H, W, C) or (N, H, W) uint8 and ``labels`` (N,).
 
@@ -69,7 +79,7 @@ class ArraySource(Source):
         self.test_fraction = test_fraction
         self.seed = seed
         given = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
-        self._given = None if path is not None else {k: torch.as_tensor(v) for k, v in given.items() if v is not None}
+        self._given = None if path is not None else {k: _tensor(k, v) for k, v in given.items() if v is not None}
 
     def prepare(self) -> None:
         """Check that the file is there.
@@ -92,7 +102,13 @@ class ArraySource(Source):
                 import numpy as np
 
                 with np.load(self.path) as arrays:  # allow_pickle stays off
-                    self._given = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                    try:
+                        self._given = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                    except (ValueError, TypeError) as error:  # arrays of objects, which only pickle could read
+                        raise UserError(
+                            f"ArraySource: {self.path} holds something else than arrays of numbers of one shape; "
+                            f"images of mixed size go into a folder of files ({error})"
+                        ) from error
             elif suffix == ".safetensors":
                 from safetensors.torch import load_file
 

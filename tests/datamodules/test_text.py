@@ -445,6 +445,10 @@ def test_tables_in_three_files(tmp_path):
     assert source.read()["unlabeled"][0][1] == "a, b\nc"
     new = TextTable(train, table(tmp_path, "new.csv", "review,stars", "what now,"), text="review", label="stars")
     assert new.test().labels.tolist() == [-1]
+    data = SupervisedData(new, batch_size=1, val_size=0)
+    assert len(data.predict_dataloader()) == 1
+    with pytest.raises(ValueError, match="no sample of 'test' has a label"):
+        data.test_dataloader()
 
 
 def test_the_test_set_adds_no_words(tmp_path):
@@ -478,17 +482,17 @@ def test_bad_tables_name_the_line(tmp_path, name, lines, message):
 
 
 def test_more_bad_tables(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file 'nowhere.csv'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'nowhere.csv'"):
         TextTable("nowhere.csv").prepare()
     (tmp_path / "x.csv").write_bytes(b"text,label\ngood,1\ncaf\xe9,1\n")
     with pytest.raises(ValueError, match="line 3: byte 0xe9 is not UTF-8"):
         TextTable(str(tmp_path / "x.csv")).prepare()
     train = table(tmp_path, "a.csv", "text,label", "a,cat", "b,dog")
-    with pytest.raises(ValueError, match="line 3: label 'dgo' is none of the classes cat, dog. Did you mean 'dog'"):
+    with pytest.raises(ValueError, match=r"line 3: label 'dgo' is none of the classes cat, dog. Did you mean 'dog'"):
         TextTable(train, table(tmp_path, "b.csv", "text,label", "a,cat", "b,dgo")).prepare()
     with pytest.raises(ValueError, match="line 3: no label, but other rows have one"):
         TextTable(train, table(tmp_path, "b.csv", "text,label", "a,cat", "b,")).prepare()
-    with pytest.raises(ValueError, match="test_fraction=1.0 must be between"):
+    with pytest.raises(ValueError, match=r"test_fraction=1.0 must be between"):
         TextTable(train, test_fraction=1.0)
     with pytest.raises(ValueError, match="names a class twice"):
         TextTable(train, classes=("a", "a"))
@@ -551,7 +555,9 @@ def test_sentiment_says_how_it_is_had(archive):
     with pytest.raises(FileNotFoundError, match=r"Fetch it with: pip download .* vaderSentiment==0.5"):
         Sentiment(str(archive / "nowhere")).prepare()
     (archive / "vaderSentiment-0.5.zip").write_bytes(b"half")
-    with pytest.raises(FileNotFoundError, match="is not the archive of version 0.5. Fetch it again with: pip download"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not the archive of version 0.5. Fetch it again with: pip download"
+    ):
         Sentiment(str(archive)).prepare()
-    with pytest.raises(ValueError, match="domain='movie' must be one of .* Did you mean 'movies'"):
+    with pytest.raises(ValueError, match=r"domain='movie' must be one of .* Did you mean 'movies'"):
         Sentiment(domain="movie")

@@ -521,6 +521,17 @@ def test_arrays_from_python_channels_last_and_unlabelled(tmp_path):
     assert ArraySource(4, path=str(tmp_path / "x.pt"), size=6).unlabeled().labels.eq(-1).all()
 
 
+def test_arrays_of_mixed_size(tmp_path):
+    mixed = [np.zeros((4, 4), dtype=np.uint8), np.zeros((5, 4), dtype=np.uint8)]
+    with pytest.raises(ValueError, match="ArraySource: images are not numbers of one shape"):
+        ArraySource(2, images=mixed, labels=[0, 1])
+    objects = np.empty(2, dtype=object)
+    objects[:] = mixed
+    np.savez(tmp_path / "x.npz", images=objects, labels=np.arange(2))
+    with pytest.raises(ValueError, match=r"x.npz holds something else than arrays of numbers of one shape"):
+        ArraySource(2, path=str(tmp_path / "x.npz")).train()
+
+
 def test_arrays_that_do_not_fit(tmp_path):
     images, labels = tensors()
     with pytest.raises(ValueError, match="channels=1 and size=28 say"):
