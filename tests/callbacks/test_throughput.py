@@ -98,3 +98,9 @@ def test_two_processes_add_up(method, points, trainer, tmp_path, two_ranks) -> N
 def test_warmup_is_checked() -> None:
     with pytest.raises(ValueError, match="warmup_steps=-1"):
         Throughput(-1)
+
+
+def test_a_row_of_token_ids_counts_as_one():
+    ids = torch.zeros(3, 5, dtype=torch.int64)
+    label = torch.zeros(3, dtype=torch.int64)
+    assert count_images({"labeled": {"image": ids, "label": label}, "unlabeled": {"weak": ids, "strong": ids}}) == 9
