@@ -158,6 +158,8 @@ def count_images(batch: Any) -> int:
     if isinstance(batch, dict):
         count = 0
         for name, value in batch.items():
+            if name in ("attention_mask", "token_type_ids"):
+                continue  # beside input_ids, which counts
             if isinstance(value, Tensor):
                 count += value.shape[0] if name == "input_ids" else _rows(value)
             else:

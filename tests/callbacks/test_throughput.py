@@ -104,3 +104,4 @@ def test_a_row_of_token_ids_counts_as_one():
     ids = torch.zeros(3, 5, dtype=torch.int64)
     label = torch.zeros(3, dtype=torch.int64)
     assert count_images({"labeled": {"image": ids, "label": label}, "unlabeled": {"weak": ids, "strong": ids}}) == 9
+    assert count_images({"input_ids": ids, "attention_mask": ids}) == 3
