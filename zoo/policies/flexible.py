@@ -106,12 +106,13 @@ class FlexibleThreshold(Policy):
         samples, order = samples.sort(stable=True)
         labels = labels[order]
         last = torch.cat([samples[1:] != samples[:-1], samples.new_ones(1, dtype=torch.bool)]) & (samples < size)
-        padded = torch.cat([self.classes, self.classes.new_full((1,), -1)])
-        before = padded[samples].long()
+        samples = samples.clamp_max(size - 1)
+        before = self.classes[samples]
         gone = last & (before >= 0)
-        self.counts = self.counts.scatter_add(0, labels, last.long()).scatter_add(0, before.clamp_min(0), -gone.long())
-        # What does not last is written to the spare place: no two writes meet where they matter.
-        self.classes = padded.scatter(0, torch.where(last, samples, size), labels.int())[:size]
+        self.counts = self.counts.scatter_add(0, labels, last.long())
+        self.counts = self.counts.scatter_add(0, before.clamp_min(0).long(), -gone.long())
+        # In place and by what changes: the cost is that of the batch, and rows that do not last add nothing.
+        self.classes.index_add_(0, samples, torch.where(last, labels.int() - before, 0))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if (saved := state_dict.get(f"{prefix}classes")) is not None:  # sized by the data of that training
