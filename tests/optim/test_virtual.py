@@ -127,6 +127,7 @@ def test_what_has_no_gradient_or_another_optimizer_stays() -> None:
     assert virtual.parameters["a"].item() != 1.0
     assert virtual.parameters["b"] is b
     assert virtual.parameters["c"] is c
+    assert virtual.state.keys() == named.keys()
     assert not optimizer.state
 
 
