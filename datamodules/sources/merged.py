@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from datamodules.sources.base import Samples, Source
+from datamodules.sources.wrapped import WrappedSource, relabeled
 from zoo.core.errors import UserError
 
 
-class MergedClasses(Source):
+class MergedClasses(WrappedSource):
     """A source whose classes are joined to groups.
 
     Samples keep their numbers, so that ``index`` still finds their finer class in the source. Features that were
@@ -26,10 +27,8 @@ class MergedClasses(Source):
         members = [number for group in groups for number in group]
         if not all(groups) or sorted(members) != list(range(len(members))):
             raise UserError(f"MergedClasses: groups={groups} must hold the numbers from 0 on, each once, none empty")
-        self.source = source
+        super().__init__(source)
         self.groups = groups
-        self.channels, self.size, self.mean, self.std = source.channels, source.size, source.mean, source.std
-        self.flip, self.streams = source.flip, source.streams
 
     @property
     def name(self) -> str:
@@ -43,10 +42,6 @@ class MergedClasses(Source):
         if sum(map(len, self.groups)) != len(names):
             raise UserError(f"MergedClasses: groups={self.groups} must hold the {len(names)} classes of the source")
         return tuple(" or ".join(names[number] for number in group) for group in self.groups)
-
-    def prepare(self) -> None:
-        """What the source checks or fetches."""
-        self.source.prepare()
 
     def train(self) -> Samples:
         """The training samples, with the groups as labels."""
@@ -62,9 +57,7 @@ class MergedClasses(Source):
         return None if samples is None else self._merged(samples)
 
     def _merged(self, samples: Samples) -> Samples:
-        merged = samples.with_columns()
-        merged.labels = self.group_of(samples.labels)
-        return merged
+        return relabeled(samples, self.group_of(samples.labels))
 
     def group_of(self, labels: Tensor) -> Tensor:
         """Groups (N,) of classes (N,); -1 stays -1."""
