@@ -108,8 +108,13 @@ BEFORE = {
         ["num_labels=100, but class"],
     ),
     "threshold outside (0, 1]": (
-        ["--model=FixMatch", "--model.policy=Threshold", "--model.policy.threshold=1.5"]
-        + ["--data=SemiSupervisedData", "--data.unlabeled_ratio=2"],
+        [
+            "--model=FixMatch",
+            "--model.policy=Threshold",
+            "--model.policy.threshold=1.5",
+            "--data=SemiSupervisedData",
+            "--data.unlabeled_ratio=2",
+        ],
         ["threshold=1.5", "(0, 1]"],
     ),
     "texts for an image network": (["--data.source=Phrases"], ["Phrases has texts", "text_cnn"]),
