@@ -107,6 +107,14 @@ BEFORE = {
         ["--data.labels_per_class=null", "--data.num_labels=100"],
         ["num_labels=100, but class"],
     ),
+    "a value that the method itself refuses": (
+        ["--model=MeanTeacher", "--model.ramp=2", "--data=SemiSupervisedData", "--data.unlabeled_ratio=2"],
+        ["MeanTeacher: ramp=2", "[0, 1]"],
+    ),
+    "a choice that there is not": (
+        ["--model=MeanTeacher", "--model.teacher_mode=trian", "--data=SemiSupervisedData"],
+        ["'teacher_mode' must be 'eval' or 'train', got 'trian'", "Did you mean 'train'?"],
+    ),
     "threshold outside (0, 1]": (
         [
             "--model=FixMatch",

@@ -334,6 +334,16 @@ def _ours(error: BaseException) -> bool:
     return bool(frames) and frames[-1].filename.startswith(folders)
 
 
+def _cause(error: BaseException) -> BaseException:
+    """The error of ours that a library has wrapped into its own, or the error itself."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return inner
+        inner = inner.__cause__
+    return error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -354,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 2 if exit_.code else 0
     except Exception as error:
-        mendable = isinstance(error, UserError) or (
+        told = error if isinstance(error, UserError) or stage.started else _cause(error)
+        mendable = isinstance(told, UserError) or (
             not stage.started
             and (
                 isinstance(error, MisconfigurationException)
@@ -363,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if not mendable or os.environ.get("ZOO_TRACEBACK") == "1":
             raise
-        _say(str(error))
+        _say(str(told))
         return 2
     finally:
         run_folder.release()

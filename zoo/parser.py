@@ -170,13 +170,17 @@ def _wrong_type(message: str, keys: list[str], owners: list[str]) -> str:
     inner = inner[: value.start()] if value else inner
     if recipe := re.search(r"Got value: Namespace\(class_path='([^']+)'", message):
         owners = [recipe[1]]
+    owner = f"{owners[-1].rpartition('.')[2]}: " if owners else ""
+    shown = keys[-1] if owners else ".".join(keys)
+    if value and (literal := re.search(r"Expected an? (?:typing\.)?Literal\[(.*?)\]", inner)):
+        choices = re.findall(r"'([^']*)'", literal[1])
+        hint = suggest(value[1].strip("'"), choices)
+        return f"{owner}{shown!r} must be {' or '.join(map(repr, choices))}, got {value[1]!r}.{hint}"
     types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(\w+))", inner)
     short = [(a or b).replace("NoneType", "null").rpartition(".")[2] for a, b in types]
     named = [name for name in dict.fromkeys(short) if name != "path"]
     if not named or value is None:
         return ""
-    owner = f"{owners[-1].rpartition('.')[2]}: " if owners else ""
-    shown = keys[-1] if owners else ".".join(keys)
     got = value[1] if len(value[1]) < 80 else value[1][:77] + "..."
     return f"{owner}{shown!r} must be {' or '.join(named)}, got {got!r}"
 

@@ -67,7 +67,7 @@ def test_the_teacher_sees_the_first_view_with_its_own_weights() -> None:
 
 
 def test_consistency_is_there_and_pulls_elsewhere_than_the_labels() -> None:
-    method = mean_teacher(partial(Noisy), 4).eval()
+    method = mean_teacher(partial(Noisy), 4, teacher_mode="eval").eval()
     b = random_batch()
     terms = method.losses(b, outputs := method.student(b), method.targets(b, outputs))
     assert terms["consistency"] > 0
@@ -83,7 +83,7 @@ def test_consistency_is_there_and_pulls_elsewhere_than_the_labels() -> None:
 def test_equal_views_and_weights_agree() -> None:
     b = random_batch()
     b["unlabeled"]["weak_2"] = b["unlabeled"]["weak"]
-    method = mean_teacher(partial(Noisy), 4).eval()
+    method = mean_teacher(partial(Noisy), 4, teacher_mode="eval").eval()
     outputs = method.student(b)
     assert method.losses(b, outputs, method.targets(b, outputs))["consistency"].item() == pytest.approx(0, abs=1e-12)
 
@@ -110,7 +110,7 @@ def test_weight_zero_is_the_supervised_baseline_bit_for_bit() -> None:
 
 
 def test_order_of_unlabeled_samples_does_not_matter() -> None:
-    method = mean_teacher(partial(Noisy), 4).eval()
+    method = mean_teacher(partial(Noisy), 4, teacher_mode="eval").eval()
     b, order = random_batch(), torch.randperm(7)
     permuted = {**b, "unlabeled": {name: view[order] for name, view in b["unlabeled"].items()}}
     torch.testing.assert_close(method.training_step(b, 0), method.training_step(permuted, 0))
@@ -125,7 +125,7 @@ def test_the_ramp_is_a_sigmoid_of_progress(ramp, expected, monkeypatch) -> None:
 
 def test_teacher_modes() -> None:
     b = random_batch()
-    method = mean_teacher(partial(Noisy), 4)
+    method = mean_teacher(partial(Noisy), 4, teacher_mode="eval")
     teacher = method.teacher
     calm, _ = method.targets(b, ())
     assert torch.equal(calm, teacher(b["unlabeled"]["weak"]).softmax(1))

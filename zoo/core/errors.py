@@ -16,4 +16,4 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     """
     known = {choice.lower(): choice for choice in choices}
     match = get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    return f" Did you mean {known[match[0]]!r}?" if match else ""
+    return f" Did you mean {known[match[0]]!r}?" if match and known[match[0]] != name else ""

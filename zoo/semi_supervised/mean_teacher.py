@@ -30,9 +30,9 @@ class MeanTeacher(TeacherStudent):
         ramp: share of the training in [0, 1] over which :math:`r` grows from :math:`e^{-5}` to 1; 0 for none.
         warmup: let the average forget the random start by a smaller :math:`m` early on, see
             :class:`~zoo.core.teachers.EMA`.
-        teacher_mode: ``"eval"``: the teacher predicts as in an evaluation; ``"train"``: with dropout, and with the
-            batch's own statistics in BatchNorm, as in the authors' code. The running statistics of ``"eval"`` are the
-            student's: while it moves fast they fit the average's weights badly, and the two can mislead each other.
+        teacher_mode: ``"train"``: the teacher predicts with dropout, and with the batch's own statistics in BatchNorm,
+            as in the authors' code; ``"eval"``: as in an evaluation. Its running statistics are then the student's:
+            while that moves fast they fit the average's weights badly, and the two can mislead each other.
         **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
 
     Raises:
@@ -56,7 +56,7 @@ class MeanTeacher(TeacherStudent):
         unlabeled_weight: float = 50.0,
         ramp: float = 0.4,
         warmup: bool = True,
-        teacher_mode: Literal["eval", "train"] = "eval",
+        teacher_mode: Literal["eval", "train"] = "train",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
