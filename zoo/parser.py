@@ -74,6 +74,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         return _unknown_option(found[1].split()[0].split("=")[0], parser, dashes="--")
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return f"{key}: {found[1]!r} is not a known class.{suggest(found[1], _class_names(keys[-1] if keys else ''))}"
+    if found := re.search(r"Multiple subclasses with name (\w+)\. .*?ambiguity: (.+?)\.?(?:\n|$)", text):
+        return f"{key}: several classes are called {found[1]!r}; give the full path: {found[2]}"
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'(.*?)(?:\. Got value|\n|$)", text):
         hint = found[3].lstrip(".")
         hint = hint or suggest(found[2], _names_in(found[1]))

@@ -28,7 +28,7 @@ class Layer(nn.Module):
         return self.layer(x.flatten(1))
 
 
-class SelfTraining(Method):
+class Relabeled(Method):
     """Cross-entropy on labels, and on the pseudo-labels of those samples that have one."""
 
     card = Card(title="Self-training", year=2000, paper="", family="test", roles=("labeled", "unlabeled"))
@@ -46,14 +46,14 @@ class SelfTraining(Method):
         )
 
 
-class Student(SelfTraining):
+class Student(Relabeled):
     def training_step(self, batch, batch_idx):
         weak = batch["weak"]
         self.seen.append({key: weak[key].clone() for key in ("index", "pseudo_label", "has_pseudo_label")})
         return self.report(weak=cross_entropy(self.network(weak["image"]), weak["pseudo_label"]))
 
 
-def method(kind=SelfTraining):
+def method(kind=Relabeled):
     torch.manual_seed(0)
     return kind(network=Layer, num_classes=3, optimizer=partial(torch.optim.SGD, lr=0.1))
 
@@ -195,7 +195,7 @@ def test_the_checkpoint_of_every_run_holds_the_labels_of_its_epoch(tmp_path):
 
 
 def test_two_processes_share_the_labelling(tmp_path):
-    class Save(SelfTraining):
+    class Save(Relabeled):
         def on_train_end(self):
             torch.save([self.seen, self.network.layer.weight], tmp_path / f"{self.global_rank}.pt")
 
