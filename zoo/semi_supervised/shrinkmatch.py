@@ -142,7 +142,9 @@ class ShrinkMatch(SemiSupervised):
         space = shrunk_space(aligned if self.confidence_from == "aligned" else raw, self.threshold)
         shrunk = confidence * shrink_loss(self.auxiliary(strong), *space)
         ratio = self.ratio(certain, first=batch_idx == 0)
-        self.observe(certain_ratio=ratio)
+        if self.logs_now:  # how many samples are used as well, in a space of their own
+            in_use = (1 - certain) * (space[1].sum(dim=1) > 1)
+            self.observe(certain_ratio=ratio, shrunk_ratio=in_use.mean())
         return self.report(
             supervised=self.criterion(logits, labeled["label"]),
             unlabeled=self.unlabeled_weight * (certain * fitted).mean(),
