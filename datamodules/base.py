@@ -424,7 +424,9 @@ class Data(LightningDataModule):
         if trainer is None or self.split is None or getattr(trainer, "fast_dev_run", False):
             return
         folder = trainer.log_dir  # on all ranks: it is a collective
-        if folder is not None:
+        own = trainer.logger is not None and trainer.logger.log_dir is not None
+        # Without a folder of its own a run is somewhere in the user's: nothing is left behind there.
+        if folder is not None and (own or Path(folder).resolve() != Path.cwd()):
             _save(self.split, Path(folder) / "split.json")
             if (tokenizer := getattr(self.source, "tokenizer", None)) is not None:
                 rank_zero_only(tokenizer.save)(Path(folder) / "tokenizer.json")

@@ -35,7 +35,7 @@ class Split:
         try:
             return self.parts[part]
         except KeyError:
-            raise KeyError(f"the split has no part {part!r}; it has {', '.join(self.parts)}") from None
+            raise UserError(f"the split has no part {part!r}; it has {', '.join(self.parts)}") from None
 
     def save(self, path: str | Path) -> Path:
         """Write the split as JSON."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datamodules.sources.base import Samples, Source
-from datamodules.sources.wrapped import WrappedSource
+from datamodules.sources.wrapped import WrappedSource, relabeled
 from zoo.core.errors import UserError, suggest
 
 
@@ -69,6 +69,11 @@ class KnownClasses(WrappedSource):
     def test(self) -> Samples:
         """The test samples of the known classes."""
         return self._part(self.source.test())
+
+    def unlabeled(self) -> Samples | None:
+        """What the source brings without labels; a truth that it knows is renumbered, too."""
+        samples = self.source.unlabeled()
+        return None if samples is None else relabeled(samples, self._renumbered(samples.labels))
 
     def unknown(self) -> Samples:
         """The test samples of all other classes, labelled -1."""

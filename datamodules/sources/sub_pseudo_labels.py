@@ -135,6 +135,11 @@ class SubPseudoLabels(WrappedSource):
         """The training samples, labelled with the number of their pair."""
         return relabeled(self.source.train(), self._divide()[0])
 
+    def unlabeled(self) -> Samples | None:
+        """What the source brings without labels, and without a pair."""
+        samples = self.source.unlabeled()
+        return None if samples is None else relabeled(samples, torch.full_like(samples.labels, -1))
+
     def test(self) -> Samples:
         """The test samples: class c is the pair (c, c), -1 where that does not occur in training."""
         samples = self.source.test()

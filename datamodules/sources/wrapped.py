@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,16 @@ class WrappedSource(Source):
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the source."""
         return self.source.classes
+
+    @property
+    def tokenizer(self) -> Any:
+        """The source's, if it has texts; else None."""
+        return getattr(self.source, "tokenizer", None)
+
+    @property
+    def corpus(self) -> Any:
+        """What views of texts know of the source's words."""
+        return self.source.corpus  # type: ignore[attr-defined]
 
     def prepare(self) -> None:
         """What the source checks or fetches."""

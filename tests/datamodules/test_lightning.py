@@ -6,8 +6,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from datamodules import Blobs, DomainData, SemiSupervisedData, SupervisedData
+from zoo.core.errors import UserError
 
 
 class Recorder(LightningModule):
@@ -142,6 +144,20 @@ def test_the_split_is_written_beside_the_run(tmp_path):
     again = supervised(split=str(tmp_path / "split.json"), seed=5)
     again.setup("fit")
     assert torch.equal(again.split["labeled"], data.split["labeled"])
+
+
+def test_a_run_without_a_folder_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer(None, max_epochs=1).fit(recorder(), supervised(labels_per_class=4))
+    assert not list(tmp_path.iterdir())
+    trainer(None, max_epochs=1, logger=CSVLogger(".", "", "")).fit(recorder(), supervised(labels_per_class=4))
+    assert (tmp_path / "split.json").is_file()  # the current folder is the run's
+
+
+def test_a_split_of_another_regime_is_named(tmp_path):
+    trainer(tmp_path, max_epochs=1).fit(recorder(), supervised(labels_per_class=4))
+    with pytest.raises(UserError, match="no part 'unlabeled'; it has labeled, val"):
+        SemiSupervisedData(Blobs(samples=40), split=str(tmp_path / "split.json")).setup("fit")
 
 
 def test_no_validation_is_no_error(tmp_path):

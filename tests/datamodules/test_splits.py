@@ -87,7 +87,7 @@ def test_written_and_read_again(tmp_path):
     assert {name: part.tolist() for name, part in again.parts.items()} == {"labeled": [1, 4], "val": []}
     assert (again.size, again.seed, again.source, again.note) == (10, 3, "Blobs", {"a": "b"})
     assert again["val"].dtype == torch.int64
-    with pytest.raises(KeyError, match="no part 'train'; it has labeled, val"):
+    with pytest.raises(ValueError, match="no part 'train'; it has labeled, val"):
         again["train"]
 
 

@@ -58,6 +58,9 @@ def test_as_a_source(tmp_path):
     data = SupervisedData(source, batch_size=2, val_size=0)
     data.setup("fit")
     assert len(data.roles["labeled"].samples) == 11
+    assert source.unlabeled() is None
+    plain.unlabeled = plain.test  # its classes are no pairs
+    assert source.unlabeled().labels.tolist() == [-1, -1, -1]
     with pytest.raises(MissingData, match="PseudoLabeler"):
         SubPseudoLabels(plain, str(tmp_path / "none.safetensors")).prepare()
     with pytest.raises(UserError, match="keep=-1"):

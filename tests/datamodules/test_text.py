@@ -17,7 +17,7 @@ from datamodules import (
     TextTable,
     WeakLabelData,
 )
-from datamodules.sources import TensorSamples, TokenSamples
+from datamodules.sources import KnownClasses, MergedClasses, NoisyLabels, TensorSamples, TokenSamples
 from datamodules.tokenizer import build, load
 from datamodules.transforms import Compose, Identity, Strong, StrongText, Weak, WordDropout
 from datamodules.transforms.corpus import Corpus
@@ -302,6 +302,19 @@ def test_texts_under_the_semi_supervised_regime():
     (held,) = (loader for loader in data.val_dataloader().values())
     plain = data.on_after_batch_transfer(next(iter(held)), 0)
     assert torch.equal(plain["image"], source.train().tokens[plain["index"]].long())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [NoisyLabels, lambda source: KnownClasses(source, [0, 2]), lambda source: MergedClasses(source, [[0, 1], [2]])],
+)
+def test_texts_in_a_source_around_a_source(wrap):
+    data = SemiSupervisedData(wrap(Phrases()), labels_per_class=4, batch_size=4, unlabeled_ratio=2, steps=2)
+    batch = first_batch(data)
+    assert batch["unlabeled"]["strong"].shape == (8, 16)
+    assert data.state_dict() == {"vocabulary": Phrases().tokenizer.fingerprint}
+    assert SupervisedData(wrap_image := NoisyLabels(Blobs())).state_dict() == {}
+    assert not hasattr(wrap_image, "corpus")
 
 
 def test_texts_under_the_other_regimes():

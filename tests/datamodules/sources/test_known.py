@@ -41,6 +41,19 @@ def test_samples_that_nobody_labelled_stay_and_are_not_unknown_ones() -> None:
     assert 5 not in first_pixels(known.unknown())
 
 
+def test_a_known_truth_of_unlabelled_samples_is_renumbered() -> None:
+    class More(ArraySource):
+        def unlabeled(self):
+            return self.test()
+
+    images = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(8) % 4
+    known = KnownClasses(
+        More(4, images=images, labels=labels, test_images=images, test_labels=labels, size=4), known=[3, 0]
+    )
+    assert known.unlabeled().labels.tolist() == [1, -1, -1, 0] * 2
+
+
 def test_looks_like_its_source_and_trains() -> None:
     inner = Blobs(num_classes=5, size=6, channels=3)
     known = KnownClasses(inner, known=[1, 2, 4])
