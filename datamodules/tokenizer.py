@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.core.errors import UserError, suggest
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
+_NAMES = ((PAD, "<pad>"), (UNKNOWN, "<unk>"))
 BUILT = ("words", "bpe")
 _FEW = 2  # a word that occurs once teaches nothing; as "unknown" it teaches what unknown words are
 
@@ -155,7 +156,9 @@ def _from_file(name: str) -> Tokenizer:
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"tokenizer={name!r} is not a tokenizer's JSON file ({error})") from error
     added = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
-    return Tokenizer(inner, PAD, UNKNOWN, [token for token in added if token != UNKNOWN], name)
+    # A pretrained model's own, as a run has saved it, may call them otherwise.
+    pad, unknown = (next((t for t in pair if inner.token_to_id(t) is not None), pair[0]) for pair in _NAMES)
+    return Tokenizer(inner, pad, unknown, [token for token in added if token != unknown], name)
 
 
 def _pretrained(model: str, name: str) -> Tokenizer:

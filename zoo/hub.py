@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ __all__ = ["load", "push", "save_pretrained", "verify"]
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TOKENIZER = "tokenizer.json"  # of text models: what their token ids mean
+_FILES = [CONFIG, WEIGHTS, CARD, TOKENIZER, "metrics.json"]
 
 _OURS = ("zoo", "datamodules", "callbacks")
 _COMMANDS = ("zoo.cli", "zoo.hub", "zoo.export", "zoo.pipeline", "zoo.benchmark", "zoo.__main__", "zoo.catalog")
@@ -85,7 +88,38 @@ def load(
         state = read_state_dict(weights)
     module = _instantiate(config, overrides, str(path))
     load_into(module, state, f"weights {path}")
+    module.vocabulary = _vocabulary(path if path.is_dir() else path.parent.parent, config.get("vocabulary"), path)
     return module.eval()
+
+
+def _vocabulary(folder: Path, expected: Any, where: Path) -> str | None:
+    """The tokenizer of a text model, from the folder of its run or of :func:`save_pretrained`."""
+    if not isinstance(expected, str):
+        return None
+    file = folder / TOKENIZER
+    if not file.is_file():
+        warnings.warn(
+            f"{where}: the model reads token ids, but the vocabulary that they belong to, {file}, is not there. Only "
+            "ids of that very vocabulary mean to the model what they meant in training",
+            stacklevel=3,
+        )
+        return None
+    text = file.read_text(encoding="utf-8")
+    if _fingerprint(text) != expected:
+        raise WeightsError(f"{file} is not the vocabulary that {where} was trained with")
+    return text
+
+
+def _fingerprint(text: str) -> str:
+    """As a data module writes it into checkpoints, see :class:`datamodules.tokenizer.Tokenizer`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text_of(module: Method) -> str | None:
+    """The tokenizer of a text model: the one it was loaded with, or that of the data it was trained on."""
+    data = getattr(module._trainer, "datamodule", None)
+    tokenizer = getattr(getattr(data, "source", None), "tokenizer", None)
+    return module.vocabulary if tokenizer is None else tokenizer.inner.to_str()
 
 
 def verify(path: str | os.PathLike[str], sha256: str) -> None:
@@ -152,9 +186,7 @@ def _download(address: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            repository, revision=pinned or revision or None, allow_patterns=[CONFIG, WEIGHTS, CARD, "metrics.json"]
-        )
+        folder = snapshot_download(repository, revision=pinned or revision or None, allow_patterns=_FILES)
     except Exception as error:  # connection, offline mode, no such repository, a bad name: each raises its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(
@@ -196,10 +228,17 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(recorded, Mapping) or "_class_path" not in recorded:
         raise WeightsError(f"{path} is no checkpoint of this zoo: it lacks a state_dict or the class that wrote it")
+    from zoo.core.persistence import vocabulary_of
+
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     arguments = {key: value for key, value in recorded.items() if not str(key).startswith("_")}
     unrecorded = content.get("unrecorded")
-    return tensors, {"class_path": recorded["_class_path"], "init_args": arguments, "unrecorded": unrecorded}
+    return tensors, {
+        "class_path": recorded["_class_path"],
+        "init_args": arguments,
+        "unrecorded": unrecorded,
+        "vocabulary": vocabulary_of(content),
+    }
 
 
 # --- what a configuration may name -----------------------------------------------------------------------------------
@@ -338,6 +377,9 @@ def save_pretrained(
 ) -> None:
     """Writes ``model.safetensors``, ``config.json`` and ``README.md``, in this order; :func:`load` reads them.
 
+    A text model's vocabulary goes with it as ``tokenizer.json``, where it is known: after a training with a data
+    module, and after :func:`load`.
+
     Args:
         module: a method; it is built if it was not yet.
         directory: made if needed; files of these names are replaced.
@@ -361,9 +403,12 @@ def save_pretrained(
         }
         if unrecorded := [name for name in module.unrecorded if name not in config["init_args"]]:
             config["unrecorded"] = unrecorded
+        if (tokenizer := _text_of(module)) is not None:
+            write_atomically(directory / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
+            config["vocabulary"] = _fingerprint(tokenizer)
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-        card = model_card(module, _metrics(directory) if metrics is None else metrics)
+        card = model_card(module, _metrics(directory) if metrics is None else metrics, tokenizer is not None)
         write_atomically(directory / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{directory} cannot be written: {error.strerror or error}") from error
@@ -396,8 +441,15 @@ def _metrics(directory: Path) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def model_card(module: Method, metrics: Mapping[str, float] | None = None) -> str:
+def model_card(module: Method, metrics: Mapping[str, float] | None = None, has_tokenizer: bool = False) -> str:
     """The text of ``README.md``: what it is, how to load it, what it scored, how it was made."""
+    use = ["logits = method(images)  # (B, C), from images normalised as in training"]
+    if has_tokenizer:
+        use = [
+            "from datamodules import tokenizer",
+            f'ids = tokenizer.load("PATH_OF_THIS_FOLDER/{TOKENIZER}")(["a text", "another"], 64).long()',
+            "logits = method(ids)  # (B, C)",
+        ]
     card, name = module.card, type(module).__name__
     paper = card.paper
     if paper.lower().startswith("arxiv:"):
@@ -421,7 +473,7 @@ def model_card(module: Method, metrics: Mapping[str, float] | None = None) -> st
         "import zoo",
         "",
         'method = zoo.load("PATH_OF_THIS_FOLDER")  # or "hf-hub:owner/name"',
-        "logits = method(images)  # (B, C), from images normalised as in training",
+        *use,
         "```",
         "",
     ]
@@ -467,7 +519,7 @@ def push(
                     folder_path=str(folder),
                     revision=revision,
                     commit_message=message,
-                    allow_patterns=[WEIGHTS, CONFIG, CARD, "metrics.json"],
+                    allow_patterns=_FILES,
                 )
             )
         except Exception as error:  # no login, no rights, no connection: each raises its own

@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+import zoo
 from datamodules import (
     Blobs,
     DomainData,
@@ -89,6 +91,8 @@ def test_a_pretrained_tokenizer(tmp_path):
     assert (seen == 2).sum(1).eq(1).all()
     assert (seen != 0).sum(1).ge(3).all()  # at least a word
     assert not (seen == 3).any()
+    kept = load(str(tokenizer.save(tmp_path / "kept" / "tokenizer.json")))
+    assert (kept.fingerprint, kept.pad, kept.unknown) == (tokenizer.fingerprint, tokenizer.pad, tokenizer.unknown)
     data = SupervisedData(Phrases(tokenizer=f"hf:{tmp_path}"), batch_size=4)
     assert first_batch(data)["labeled"]["image"][:, 0].eq(1).all()
 
@@ -398,6 +402,41 @@ def test_the_vocabulary_is_kept_with_the_run_and_checked_with_the_checkpoint(tmp
     validate(phrases(samples=90, tokenizer=kept))
     with pytest.raises(ValueError, match="trained with another vocabulary than Phrases has now"):
         validate(phrases(samples=90))
+
+
+def supervised_texts():
+    recipe = partial(Network, backbone="bag_of_words", arguments={"width": 4})
+    return zoo.Supervised(network=recipe, num_classes=3)
+
+
+def test_another_regime_checks_the_vocabulary_too(tmp_path):
+    run = trainer(tmp_path)
+    run.fit(supervised_texts(), phrases())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    other = SemiSupervisedData(Phrases(samples=90), labels_per_class=2, batch_size=4)
+    with pytest.raises(ValueError, match="trained with another vocabulary than Phrases has now"):
+        trainer(tmp_path).test(supervised_texts(), other, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    same = SemiSupervisedData(Phrases(), labels_per_class=2, batch_size=4)
+    trainer(tmp_path).test(supervised_texts(), same, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+
+
+def test_the_vocabulary_travels_with_the_weights(tmp_path):
+    run = trainer(tmp_path)
+    method = supervised_texts()
+    run.fit(method, phrases())
+    run.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    zoo.load(tmp_path).save_pretrained(tmp_path / "one")
+    method.save_pretrained(tmp_path / "two")
+    zoo.load(tmp_path / "two").save_pretrained(tmp_path / "three")
+    for name in ("one", "two", "three"):
+        assert load(str(tmp_path / name / "tokenizer.json")).fingerprint == Phrases().tokenizer.fingerprint
+        assert "tokenizer.load" in (tmp_path / name / "README.md").read_text()
+    (tmp_path / "one" / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("own", "won"))
+    with pytest.raises(ValueError, match=r"is not the vocabulary that .* was trained with"):
+        zoo.load(tmp_path / "one")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.warns(UserWarning, match="reads token ids, but the vocabulary"):
+        zoo.load(tmp_path)
 
 
 @pytest.mark.parametrize(

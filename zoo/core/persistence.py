@@ -1,6 +1,7 @@
 """Checkpoints that rebuild their module: safely, through any of its classes, and without fetching weights again."""
 
 from argparse import ArgumentError
+from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -13,7 +14,13 @@ from zoo.core.recording import Recorded, describable, import_path, without_weigh
 
 
 class Persistent(Recorded, LightningModule):
-    """A module whose hyperparameters are the plain description of its constructor's arguments."""
+    """A module whose hyperparameters are the plain description of its constructor's arguments.
+
+    Attributes:
+        vocabulary: of a loaded text model, the contents of its ``tokenizer.json``.
+    """
+
+    vocabulary: str | None = None
 
     def recorded(self) -> None:
         """Keep the constructor's arguments as plain hyperparameters, in the form of the command line's own."""
@@ -41,6 +48,11 @@ class Persistent(Recorded, LightningModule):
         described = {name: recorded[name] for name in self.unrecorded if describable(recorded.get(name, ...))}
         self._set_hparams(described)
         self.unrecorded = tuple(name for name in self.unrecorded if name not in described)
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        # Lightning asks only a data module of the class that wrote the checkpoint.
+        others = data is not None and type(data).__qualname__ not in checkpoint
+        if others and hasattr(data, "source") and (vocabulary := vocabulary_of(checkpoint)):
+            data.load_state_dict({"vocabulary": vocabulary})
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -81,6 +93,13 @@ class Persistent(Recorded, LightningModule):
         from zoo.hub import save_pretrained
 
         save_pretrained(cast(Any, self), directory)
+
+
+def vocabulary_of(checkpoint: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the vocabulary that a checkpoint's data had, ``None`` where they were no texts."""
+    states = (state for key, state in checkpoint.items() if key not in ("state_dict", "hyper_parameters"))
+    found = (state.get("vocabulary") for state in states if isinstance(state, Mapping))
+    return next((name for name in found if isinstance(name, str)), None)
 
 
 def _unrecorded(checkpoint_path: Any) -> set[str]:
