@@ -34,3 +34,16 @@ def test_other_shapes_still_have_to_fit(tmp_path: Path) -> None:
     method.policy.classes = method.policy.classes[:, None]
     with pytest.raises(WeightsError, match=r"policy\.classes"):
         zoo.core.weights.load_into(flexmatch(None), method.state_dict())
+
+
+def test_ddp_does_not_send_a_row_for_every_sample_around_at_every_step(on_ranks) -> None:
+    def sent(rank: int) -> list[str]:
+        method = flexmatch(None)
+        wrapped = torch.nn.parallel.DistributedDataParallel(method)
+        method.policy.prepare(torch.arange(1000))  # after the wrapping, as in a training
+        wrapped._assign_modules_buffers()
+        return sorted(wrapped.named_module_buffers)
+
+    (names,) = on_ranks(sent, world=1)
+    assert "policy.counts" in names
+    assert "policy.classes" not in names

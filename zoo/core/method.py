@@ -79,6 +79,10 @@ class Method(Persistent, Evaluated, LeanHooks):
             return
         self.build()
         self.built = True
+        # Ranks keep these equal themselves, and ddp would broadcast all their rows at every step.
+        parts = [(f"{prefix}." if prefix else "", part) for prefix, part in self.named_modules()]
+        rows = [prefix + name for prefix, part in parts for name in getattr(part, "sized_by_data", ())]
+        self._ddp_params_and_buffers_to_ignore = rows
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
 
