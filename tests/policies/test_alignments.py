@@ -1,9 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.core.errors import UserError
-from zoo.policies import LabeledAlignment, QueueAlignment, Threshold
+from zoo.policies import LabeledAlignment, MovingAlignment, QueueAlignment, TemperedAlignment, Threshold
 
 
 def normalized(p: Tensor) -> Tensor:
@@ -115,3 +117,23 @@ def test_confidence_is_read_before_sharpening() -> None:
     targets, weights = Threshold(2, threshold=0.7, temperature=0.5, soft=True)(torch.tensor([[2 / 3, 1 / 3]]).log())
     torch.testing.assert_close(targets, torch.tensor([[0.8, 0.2]]))
     assert weights.tolist() == [0.0]  # 0.8 would pass
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+@pytest.mark.parametrize("alignment", [MovingAlignment, TemperedAlignment])
+def test_moving_momentum_out_of_range(alignment, momentum) -> None:
+    with pytest.raises(UserError, match=f"{alignment.__name__}: momentum={momentum}"):
+        alignment(3, momentum=momentum)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_prediction_of_nothing_but_classes_that_the_prior_excludes_stays(soft) -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    alignment = MovingAlignment(3, prior=[0.0, 0.5, 0.5])
+    aligned = alignment(logits.detach().softmax(1))
+    torch.testing.assert_close(aligned[0], torch.tensor([1.0, 0.0, 0.0]))
+    assert aligned[1, 0] == 0
+    policy = Threshold(3, soft=soft, temperature=0.5, alignment=partial(MovingAlignment, prior=[0.0, 0.5, 0.5]))
+    targets, weights = policy(logits)
+    assert torch.isfinite(targets.float()).all()
+    assert torch.isfinite(weights).all()

@@ -37,7 +37,7 @@ class MovingAlignment(Alignment):
         prior: class frequencies to align with, C non-negative numbers that are normalised to sum to 1.
 
     Raises:
-        UserError: if ``prior`` has another length than C, or a negative entry.
+        UserError: if ``momentum`` is out of its range; if ``prior`` has another length than C, or a negative entry.
 
     Source: Berthelot et al. 2020, arXiv 1911.09785, section 3.1, with the moving average of Sohn et al. 2020.
     """
@@ -47,6 +47,8 @@ class MovingAlignment(Alignment):
 
     def __init__(self, num_classes: int, momentum: float = 0.999, prior: list[float] | None = None) -> None:
         super().__init__()
+        if not 0.0 <= momentum < 1.0:
+            raise UserError(f"{type(self).__name__}: momentum={momentum} must lie in [0, 1)")
         if prior is not None and (len(prior) != num_classes or min(prior) < 0 or sum(prior) <= 0):
             raise UserError(f"MovingAlignment: prior={prior} must be {num_classes} non-negative numbers")
         self.momentum = momentum
@@ -169,6 +171,7 @@ def pushed(queue: Tensor, row: Tensor, count: Tensor) -> Tensor:
 
 
 def scaled(probabilities: Tensor, ratio: Tensor) -> Tensor:
-    """Probabilities (B, C) times a ratio (C,), rows again summing to 1."""
+    """Probabilities (B, C) times a ratio (C,), rows again summing to 1; a row of which nothing is left stays."""
     product = probabilities * ratio
-    return product / product.sum(dim=1, keepdim=True)
+    total = product.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, product / total, probabilities)
