@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from zoo.core.errors import UserError
 from zoo.core.teachers import EMA, Frozen
 
 
@@ -97,7 +98,7 @@ def test_resumes_exactly_and_survives_moves() -> None:
 
 
 def test_bad_momentum() -> None:
-    with pytest.raises(ValueError, match=r"momentum=1.5 must lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"momentum=1.5 must lie in \[0, 1\]"):
         EMA(network(), 1.5)
 
 

@@ -135,3 +135,16 @@ def test_a_labeler_that_nothing_would_ask_is_refused() -> None:
         fixmatch(labeler="techer")
     with pytest.raises(UserError, match="FixMatch's own step"):
         OwnStep(network=Given, num_classes=2, labeler="teacher")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"unlabeled_weight": -1.0}, "FixMatch: unlabeled_weight=-1.0 must not be negative"),
+        ({"momentum": 1.5}, "FixMatch: momentum=1.5 must lie"),
+        ({"forward_pass": "splt"}, "must be 'joint' or 'split'. Did you mean 'split'"),
+    ],
+)
+def test_out_of_range(arguments, message) -> None:
+    with pytest.raises(UserError, match=message):
+        FixMatch(network=Given, num_classes=2, **arguments)

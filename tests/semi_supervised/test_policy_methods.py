@@ -1,11 +1,14 @@
 """What FixMatch's relatives have in common, whatever their policy."""
 
+import warnings
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from zoo import UDA, AdaMatch, Dash, DebiasMatch, FixMatch, FlexMatch, FreeMatch, SoftMatch, Supervised
 from zoo.core.errors import UserError
@@ -159,3 +162,18 @@ def test_policies_of_another_kind_are_refused() -> None:
     for kind in (FreeMatch, DebiasMatch):
         with pytest.raises(UserError, match=f"{kind.__name__}: policy=Threshold"):
             build(kind, policy=Threshold)
+
+
+@pytest.mark.parametrize("warmup_steps", [2, 1])
+def test_dash_says_so_where_the_run_ends_within_the_warm_up(tmp_path, warmup_steps) -> None:
+    method = build(Dash, policy=partial(DynamicThreshold, warmup_steps=warmup_steps))
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(method, DataLoader([batch(1), batch(2)], batch_size=None))
+    told = [str(warning.message) for warning in caught if "labels alone" in str(warning.message)]
+    assert len(told) == (warmup_steps == 2)
+    assert all("warmup_steps=2" in message for message in told)

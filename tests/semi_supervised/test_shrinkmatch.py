@@ -217,6 +217,7 @@ def test_the_auxiliary_head_is_the_papers_and_may_be_another() -> None:
         ({"threshold": 0.0}, "threshold=0.0"),
         ({"confidence_from": "both"}, "confidence_from='both'"),
         ({"ratio_momentum": 1.5}, "ratio_momentum=1.5"),
+        ({"unlabeled_weight": -1.0}, "unlabeled_weight=-1.0"),
     ],
 )
 def test_mistakes(arguments, message) -> None:

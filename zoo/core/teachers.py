@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from zoo.core.errors import UserError
+
 
 class Frozen(nn.Module):
     """A network that never learns: evaluation mode pinned, no gradients, forward without a graph.
@@ -48,7 +50,7 @@ class EMA(Frozen):
             start.
 
     Raises:
-        ValueError: if ``momentum`` is outside [0, 1].
+        UserError: if ``momentum`` is outside [0, 1].
 
     Source: Tarvainen and Valpola 2017, arXiv 1703.01780.
     """
@@ -57,7 +59,7 @@ class EMA(Frozen):
 
     def __init__(self, module: nn.Module, momentum: float = 0.999, warmup: bool = False) -> None:
         if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"EMA: momentum={momentum} must lie in [0, 1]")
+            raise UserError(f"EMA: momentum={momentum} must lie in [0, 1]")
         super().__init__(copy.deepcopy(module))
         self.momentum = momentum
         self.warmup = warmup

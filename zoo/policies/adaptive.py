@@ -25,7 +25,8 @@ class SelfAdaptiveThreshold(Policy):
     Args:
         num_classes: number of classes C.
         momentum: :math:`m` in [0, 1).
-        maximum: upper bound of :math:`\tau_t`; the paper takes 0.95 on SVHN and none elsewhere.
+        maximum: upper bound of :math:`\tau_t`; USB takes 0.95 on SVHN and none elsewhere. The code of the paper's
+            figures keeps the thresholds of the classes of SVHN within [0.9, 0.95] instead, which is not here.
         alignment: from the number of classes to an :class:`~zoo.policies.alignment.Alignment`.
 
     Raises:

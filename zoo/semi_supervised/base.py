@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.criteria import Criterion, CrossEntropy, class_counts
+from zoo.core.errors import UserError, suggest
 from zoo.core.method import Method
 from zoo.core.teachers import EMA
 from zoo.policies import Policy
@@ -28,6 +29,9 @@ class SemiSupervised(Method):
         criterion: what is minimised on labeled samples, from the number of classes to a
             :class:`~zoo.core.criteria.Criterion`.
         **kwargs: see :class:`~zoo.core.method.Method`.
+
+    Raises:
+        UserError: if ``momentum`` is outside [0, 1], or for another ``forward_pass``.
     """
 
     labeled_views: ClassVar[tuple[str, ...]] = ("image",)
@@ -42,6 +46,12 @@ class SemiSupervised(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        name = type(self).__name__
+        if not 0.0 <= momentum <= 1.0:
+            raise UserError(f"{name}: momentum={momentum} must lie in [0, 1]")
+        if forward_pass not in ("joint", "split"):
+            near = suggest(forward_pass, ["joint", "split"])
+            raise UserError(f"{name}: forward_pass={forward_pass!r} must be 'joint' or 'split'.{near}")
         self.momentum, self.forward_pass, self.criterion_recipe = momentum, forward_pass, criterion
 
     def build(self) -> None:

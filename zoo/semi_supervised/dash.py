@@ -6,6 +6,7 @@ Xu et al., ICML 2021, https://arxiv.org/abs/2109.00650
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -58,6 +59,16 @@ class Dash(FixMatch):
         if average not in ("kept", "all"):
             raise UserError(f"Dash: average={average!r} must be 'kept' or 'all'")
         self.average = average
+
+    def on_train_start(self) -> None:
+        """Say so where the run ends within the warm-up, whose length is that of the paper's runs unless given."""
+        super().on_train_start()
+        steps = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+        if isinstance(self.policy, DynamicThreshold) and self.policy.warmup_steps >= steps:
+            rank_zero_warn(
+                f"Dash: the policy's warmup_steps={self.policy.warmup_steps} are not fewer than the run's {steps}"
+                " steps: it learns from the labels alone"
+            )
 
     def losses(
         self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]

@@ -34,7 +34,8 @@ class FixMatch(TeacherStudent):
         **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
 
     Raises:
-        UserError: for another ``labeler``, or for ``"teacher"`` in a subclass with a step of its own.
+        UserError: for a negative ``unlabeled_weight``; for another ``labeler``, or for ``"teacher"`` in a subclass with
+            a step of its own.
 
     Source: Sohn et al. 2020, arXiv 2001.07685, equations 3 and 4.
     """
@@ -56,6 +57,8 @@ class FixMatch(TeacherStudent):
     ) -> None:
         super().__init__(**kwargs)
         name = type(self).__name__
+        if unlabeled_weight < 0.0:
+            raise UserError(f"{name}: unlabeled_weight={unlabeled_weight} must not be negative")
         if labeler not in ("student", "teacher"):
             raise UserError(
                 f"{name}: labeler={labeler!r} must be 'student' or 'teacher'.{suggest(labeler, ['student', 'teacher'])}"

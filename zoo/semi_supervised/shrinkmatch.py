@@ -113,6 +113,8 @@ class ShrinkMatch(SemiSupervised):
             raise UserError(f"ShrinkMatch: confidence_from={confidence_from!r} must be 'aligned' or 'raw'")
         if not 0.0 <= ratio_momentum <= 1.0:
             raise UserError(f"ShrinkMatch: ratio_momentum={ratio_momentum} must lie in [0, 1]")
+        if unlabeled_weight < 0.0:
+            raise UserError(f"ShrinkMatch: unlabeled_weight={unlabeled_weight} must not be negative")
         self.threshold, self.alignment_recipe, self.soft_targets = threshold, alignment, soft_targets
         self.confidence_from, self.auxiliary_recipe = confidence_from, auxiliary
         self.ratio_momentum, self.reset_each_epoch = ratio_momentum, reset_each_epoch
