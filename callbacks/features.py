@@ -23,7 +23,7 @@ def check_source(owner: str, source: Source, trainer: Trainer) -> None:
         trainer: whose data module says what the network knows.
 
     Raises:
-        UserError: where size or channels differ from the data's.
+        UserError: where size, channels or vocabulary differ from the data's.
     """
     if trainer.local_rank == 0:
         source.prepare()
@@ -33,6 +33,12 @@ def check_source(owner: str, source: Source, trainer: Trainer) -> None:
         raise UserError(
             f"{owner}: source={source.name} has {source.channels} channels of size {source.size}, but the network was "
             f"trained on {own.channels} of size {own.size}"
+        )
+    vocabularies = [getattr(getattr(one, "tokenizer", None), "fingerprint", None) for one in (own, source)]
+    if own is not None and vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{owner}: source={source.name} has not the vocabulary of {own.name}, so that an id is another word in "
+            "each; give both the same tokenizer, a file or hf:NAME"
         )
 
 

@@ -85,7 +85,8 @@ class LinearEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, fit, log."""
         source = self._source(trainer)
-        test, truth = features_of(trainer, pl_module, source.test())
+        test = source.test()
+        test, truth = features_of(trainer, pl_module, test.subset((test.labels >= 0).nonzero().flatten()))
         train = source.train()
         draws = {
             (count, repeat): stratified(

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,9 +7,11 @@ from lightning.pytorch import Trainer
 
 from callbacks import FewShotEvaluation, LinearEvaluation
 from callbacks.linear_evaluation import predict
-from datamodules import Blobs, SupervisedData
+from datamodules import Blobs, Phrases, SupervisedData
 from zoo import Network, Supervised
 from zoo.core.errors import UserError
+
+TRAINER = {"local_rank": 0, "strategy": SimpleNamespace(barrier=lambda name: None)}
 
 
 def measure(*callbacks, ranks=1, **source):
@@ -53,6 +56,24 @@ def test_sources_that_do_not_fit_are_refused_before_the_test():
         LinearEvaluation(classifiers=["logistics"])
     with pytest.raises(UserError, match="tasks=0"):
         FewShotEvaluation(other(), tasks=0)
+
+
+def test_texts_need_the_vocabulary_that_the_network_knows():
+    callback = FewShotEvaluation(Phrases(num_classes=3, samples=90, words=9), ways=2, queries=2)
+    with pytest.raises(UserError, match="has not the vocabulary of Phrases"):
+        callback.setup(SimpleNamespace(**TRAINER, datamodule=SupervisedData(Phrases())), None, "test")
+    callback.source = Phrases(seed=3, tokenizer="words")
+    callback.source.read = Phrases().read
+    callback.setup(SimpleNamespace(**TRAINER, datamodule=SupervisedData(Phrases())), None, "test")
+
+
+def test_samples_whose_class_nobody_knows_are_not_counted_as_wrong():
+    known, partly = other(), other()
+    test = partly.test()
+    test.labels = test.labels.where(torch.arange(len(test)) % 2 == 0, -1)
+    half = test.subset((test.labels >= 0).nonzero().flatten())
+    known.test, partly.test = lambda: half, lambda: test
+    assert measure(LinearEvaluation(known, (2,), repeats=1)) == measure(LinearEvaluation(partly, (2,), repeats=1))
 
 
 @pytest.mark.parametrize("name", ["naive_bayes", "logistic"])
