@@ -148,3 +148,12 @@ def test_mixed_targets_broadcast_one_share() -> None:
     a, b = torch.tensor([0, 1]), torch.tensor([1, 1])
     expected = 0.25 * one_hot(a, 3) + 0.75 * one_hot(b, 3)
     torch.testing.assert_close(mixed_targets(a, b, torch.tensor(0.25), 3), expected)
+
+
+@pytest.mark.parametrize("share_power", [0.0, 0.5, 1.0])
+def test_a_class_that_is_not_in_the_sample_is_not_asked_for(share_power) -> None:
+    logits, first, second, _ = example()
+    ones = torch.ones(7, dtype=torch.float64)
+    own, partner = decoupled_terms(logits, first, second)
+    assert torch.equal(decoupled_regularizer(logits, first, second, ones, share_power), own)
+    assert torch.equal(decoupled_regularizer(logits, first, second, 1 - ones, share_power), partner)

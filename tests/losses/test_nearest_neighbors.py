@@ -103,3 +103,11 @@ def test_out_of_range(arguments) -> None:
     f, y, _ = example()
     with pytest.raises(UserError, match=next(iter(arguments))):
         nearest_neighbor_loss(f, y, f, y, **arguments)
+
+
+def test_similarities_are_not_rounded_under_autocast() -> None:
+    f = normalize(torch.randn(12, 64), dim=1)
+    y = torch.arange(12) % 3
+    plain = nearest_neighbor_loss(f, y, f, y, neighbors=5, temperature=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(nearest_neighbor_loss(f, y, f, y, neighbors=5, temperature=0.05), plain)

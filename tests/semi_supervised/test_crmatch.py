@@ -81,3 +81,16 @@ def test_token_ids_and_negative_weights_are_refused() -> None:
         build().training_step(b, 0)
     with pytest.raises(UserError, match=r"distance_weight=-1\.0"):
         build(distance_weight=-1.0)
+
+
+def test_without_rotations_inputs_need_not_be_square_and_no_head_waits_for_a_gradient() -> None:
+    b = batch()
+    for role in b.values():
+        role.update({name: x.reshape(-1, 1, 1, 9) for name, x in role.items() if x.ndim == 4})
+    with pytest.raises(UserError, match="not square"):
+        build().training_step(b, 0)
+    method = build(rotation_weight=0.0)
+    loss = method.training_step(b, 0)
+    loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    torch.testing.assert_close(loss, build(rotation_weight=0.0).training_step(batch(), 0))

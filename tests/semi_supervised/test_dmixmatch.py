@@ -167,3 +167,11 @@ def test_gradients_reach_both_heads_and_not_the_average() -> None:
 def test_out_of_range(arguments) -> None:
     with pytest.raises(UserError, match=next(iter(arguments))):
         built(**arguments)
+
+
+def test_unmixed_samples_do_not_ask_for_their_partners_class() -> None:
+    method = built(eta=1.0, share_power=0.0)
+    logits, first, second = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
+    share = torch.ones(4)
+    both, own = (method.mixture_loss(logits, first, second, share, both=both) for both in (True, False))
+    assert torch.equal(both, own)

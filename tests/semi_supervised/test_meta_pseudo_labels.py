@@ -129,3 +129,35 @@ def test_arguments_out_of_range_are_named(arguments) -> None:
     (name,) = arguments
     with pytest.raises(UserError, match=f"{name}="):
         build(**arguments)
+
+
+class Dropping(Small):
+    """Drops more of the hidden units than a small step can matter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[3](nn.functional.dropout(self.layers[:3](x), 0.5, self.training))
+
+
+def test_feedback_is_of_the_step_and_not_of_dropped_units() -> None:
+    method, b = MetaPseudoLabels(network=Dropping, num_classes=3, virtual_rate=1e-5), batch()
+    method.configure_model()
+    torch.manual_seed(0)
+    loss = cross_entropy(method.network(b["unlabeled"]["strong"]), torch.randint(3, (9,)))
+    helped = [method.feedback(loss, b["labeled"]["image"], b["labeled"]["label"]) for _ in range(5)]
+    assert torch.stack(helped).abs().max() < 1e-3, "no step of 1e-5 does more"
+
+
+def test_feedback_is_not_rounded_under_autocast() -> None:
+    method, b = build(virtual_rate=1e-2), batch()
+    loss = cross_entropy(method.network(b["unlabeled"]["strong"]), torch.randint(3, (9,)))
+    plain = method.feedback(loss, b["labeled"]["image"], b["labeled"]["label"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(method.feedback(loss, b["labeled"]["image"], b["labeled"]["label"]), plain)
+
+
+def test_what_is_frozen_in_the_student_stays_out_of_the_virtual_step() -> None:
+    method, b = build(), batch()
+    method.network.layers[0].requires_grad_(False)
+    method.training_step(b, 0).backward()
+    assert method.network.layers[0].weight.grad is None
+    assert method.network.layers[3].weight.grad.any()

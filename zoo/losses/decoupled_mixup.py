@@ -57,6 +57,16 @@ def decoupled_terms(logits: Tensor, first: Tensor, second: Tensor) -> tuple[Tens
     return against_others(first, second), against_others(second, first)
 
 
+def term_weight(share: Tensor, power: float) -> Tensor:
+    r"""The weight :math:`\lambda^s` of a class's decoupled term; 0 for a class that is not there, also where s = 0.
+
+    Args:
+        share: :math:`\lambda` in [0, 1], any shape.
+        power: s ≥ 0.
+    """
+    return share**power * (share > 0)
+
+
 def decoupled_regularizer(
     logits: Tensor, first: Tensor, second: Tensor, share: Tensor, share_power: float = 0.0
 ) -> Tensor:
@@ -64,7 +74,8 @@ def decoupled_regularizer(
 
     .. math:: R = \lambda^{s}\, r_a + (1 - \lambda)^{s}\, r_b
 
-    The paper has s = 0; the released code weighs the terms by the shares, s = 1 or ½.
+    The paper has s = 0; the released code weighs the terms by the shares, s = 1 or ½. A class with no share, in a
+    sample that is not mixed, has no term for any s.
 
     Args:
         logits: z (B, C).
@@ -80,7 +91,7 @@ def decoupled_regularizer(
     are exactly equal, for want of a way to tell the classes apart, which is not followed.
     """
     own, partner = decoupled_terms(logits, first, second)
-    return share**share_power * own + (1 - share) ** share_power * partner
+    return term_weight(share, share_power) * own + term_weight(1 - share, share_power) * partner
 
 
 def decoupled_cross_entropy(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.errors import UserError
+from zoo.losses.similarity import inner_products
 
 
 def nearest_neighbor_loss(
@@ -51,7 +52,7 @@ def nearest_neighbor_loss(
     if not len(memory):
         return queries.sum(dim=1) * 0
     queries = queries.float() if queries.element_size() < 4 else queries
-    similarity = queries @ memory.to(queries.dtype).T / temperature
+    similarity = inner_products(queries, memory.to(queries.dtype)) / temperature
     usable = (memory_labels >= 0).expand_as(similarity)
     if excluded is not None:
         usable = usable & ~excluded

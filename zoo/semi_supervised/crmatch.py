@@ -34,12 +34,12 @@ class CRMatch(FixMatch):
 
     Args:
         distance_weight: :math:`\lambda_d` ≥ 0.
-        rotation_weight: :math:`\lambda_r` ≥ 0.
+        rotation_weight: :math:`\lambda_r` ≥ 0; 0 for what has no upright, is not square, or has no pixels.
         **kwargs: ``policy`` and ``unlabeled_weight`` of :class:`~zoo.semi_supervised.fixmatch.FixMatch`, and those of
             its base.
 
     Raises:
-        UserError: if a weight is negative; in training, for inputs that are not square images.
+        UserError: if a weight is negative; in training, to turn inputs that are not square images.
 
     Source: Fan et al. 2021, arXiv 2112.05825, section 3.
     """
@@ -66,15 +66,18 @@ class CRMatch(FixMatch):
         width = self.network.num_features
         with torch.random.fork_rng(devices=[]):  # what is random afterwards does not depend on the heads
             self.distance_map = nn.Linear(width, width)
-            self.rotation_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+            if self.rotation_weight:
+                self.rotation_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """FixMatch on features, their distance and their rotation."""
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        require_pixels(self, unlabeled["weak"])
-        turned, turns = quarter_turns(unlabeled["weak"])
-        views = [labeled["image"], unlabeled["strong"], unlabeled["weak"], turned]
-        x, strong, weak, rotated = self.together(views, call=self.network.features)
+        views, turns = [labeled["image"], unlabeled["strong"], unlabeled["weak"]], None
+        if self.rotation_weight:
+            require_pixels(self, unlabeled["weak"])
+            turned, turns = quarter_turns(unlabeled["weak"])
+            views.append(turned)
+        x, strong, weak, *rotated = self.together(views, call=self.network.features)
         logits, strong_logits = self.network.logits(torch.cat([x, strong])).split([len(x), len(strong)])
         with torch.no_grad():
             weak_logits = self.network.logits(weak)
@@ -84,10 +87,12 @@ class CRMatch(FixMatch):
         apart = torch.full_like(weights, -1.0)
         maps = self.distance_map(weak).float(), self.distance_map(strong).float()
         distance = cosine_embedding_loss(*maps, apart, reduction="none")
-        return self.report(
-            supervised=self.criterion(logits, labeled["label"]),
-            unlabeled=self.unlabeled_weight
-            * (weights * cross_entropy(strong_logits, targets, reduction="none")).mean(),
-            distance=self.distance_weight * (weights * distance).mean(),
-            rotation=self.rotation_weight * cross_entropy(self.rotation_head(rotated), turns),
-        )
+        unsupervised = weights * cross_entropy(strong_logits, targets, reduction="none")
+        terms = {
+            "supervised": self.criterion(logits, labeled["label"]),
+            "unlabeled": self.unlabeled_weight * unsupervised.mean(),
+            "distance": self.distance_weight * (weights * distance).mean(),
+        }
+        if turns is not None:
+            terms["rotation"] = self.rotation_weight * cross_entropy(self.rotation_head(rotated[0]), turns)
+        return self.report(**terms)

@@ -15,6 +15,7 @@ from zoo.core.errors import UserError
 from zoo.core.heads import Head, Linear
 from zoo.core.schedules import cosine_decay
 from zoo.losses import blend, decoupled_terms, mixed_targets, mixing_shares
+from zoo.losses.decoupled_mixup import term_weight
 from zoo.semi_supervised.consistency import require_pixels
 from zoo.semi_supervised.fixmatch import FixMatch
 
@@ -98,8 +99,8 @@ class DMixMatch(FixMatch):
         """ℓ (B,) of mixtures with shares λ (B,) of classes ``first`` (B,) and the rest of classes ``second`` (B,)."""
         own, partner = decoupled_terms(logits, first, second)
         loss = cross_entropy(logits, mixed_targets(first, second, share, self.num_classes), reduction="none")
-        rest = (1 - share) ** self.share_power * partner if both else 0.0
-        return loss + self.eta * (share**self.share_power * own + rest)
+        rest = term_weight(1 - share, self.share_power) * partner if both else 0.0
+        return loss + self.eta * (term_weight(share, self.share_power) * own + rest)
 
     def student(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, ...]:
         """FixMatch's logits, then those of both kinds of mixtures, their shares, and who was mixed with whom."""

@@ -16,6 +16,7 @@ from zoo.core.card import Card
 from zoo.core.distributed import mean_across_ranks
 from zoo.core.errors import UserError
 from zoo.core.schedules import linear_ramp
+from zoo.optim.virtual import virtual_gradients
 from zoo.policies import Policy, Threshold
 from zoo.semi_supervised.base import SemiSupervised
 
@@ -93,15 +94,18 @@ class MetaPseudoLabels(SemiSupervised):
         self.tutor = self.network_recipe(self.num_classes)
 
     def feedback(self, loss: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-        """h: how much better the student would be on labeled samples after one step on ``loss``."""
-        parameters = dict(self.network.named_parameters())
-        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-        with torch.no_grad(), frozen_batch_norm(self.network):
-            moved = {
-                name: parameter - self.virtual_rate * gradient
-                for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-            }
-            before = cross_entropy(self.network(x), labels)
+        """h: how much better the student would be on labeled samples after one step on ``loss``.
+
+        A difference of two losses that are nearly alike: both are taken in the parameters' own precision and with the
+        same random numbers, since rounding and other dropped units would move them further apart than the step does.
+        """
+        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        gradients = virtual_gradients(loss, parameters, keep_graph=True)
+        exact = torch.autocast(x.device.type, enabled=False)
+        with torch.no_grad(), frozen_batch_norm(self.network), exact:
+            moved = {name: parameters[name] - self.virtual_rate * gradient for name, gradient in gradients.items()}
+            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+                before = cross_entropy(self.network(x), labels)
             after = cross_entropy(functional_call(self.network, moved, (x,)), labels)
         return mean_across_ranks(before - after)
 

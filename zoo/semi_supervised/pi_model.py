@@ -26,7 +26,8 @@ class PiModel(Consistency):
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, weak_2, hidden_label (watched only)}.
 
     Args:
-        unlabeled_weight: λ ≥ 0, 10 as in the code of Oliver et al.; the paper's is 100 times the share of labels.
+        unlabeled_weight: λ ≥ 0, 10 as in the code of MixMatch's authors; Oliver et al. have 20, the paper 100 times the
+            share of labels.
         symmetric: let the gradient flow through both predictions.
         **kwargs: ``ramp`` and ``forward_pass`` of :class:`~zoo.semi_supervised.consistency.Consistency`, and those of
             its bases.
