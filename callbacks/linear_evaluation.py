@@ -85,8 +85,9 @@ class LinearEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, fit, log."""
         source = self._source(trainer)
-        test = source.test()
-        test, truth = features_of(trainer, pl_module, test.subset((test.labels >= 0).nonzero().flatten()))
+        samples = source.test()
+        labelled = samples.subset((samples.labels >= 0).nonzero().flatten())
+        test, truth = features_of(trainer, pl_module, labelled)
         train = source.train()
         draws = {
             (count, repeat): stratified(

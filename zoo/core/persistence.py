@@ -50,8 +50,8 @@ class Persistent(Recorded, LightningModule):
         self.unrecorded = tuple(name for name in self.unrecorded if name not in described)
         data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         # Lightning asks only a data module of the class that wrote the checkpoint.
-        others = data is not None and type(data).__qualname__ not in checkpoint
-        if others and hasattr(data, "source") and (vocabulary := vocabulary_of(checkpoint)):
+        vocabulary = None if type(data).__qualname__ in checkpoint else vocabulary_of(checkpoint)
+        if data is not None and vocabulary is not None and hasattr(data, "source"):
             data.load_state_dict({"vocabulary": vocabulary})
 
     @classmethod
