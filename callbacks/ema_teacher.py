@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -23,7 +24,7 @@ class EMATeacher(Callback):
 
     Raises:
         UserError: at the start of training, for an ``EMA`` sub-module that ``teacher_pairs`` leaves out: it would
-            silently stay at its random start.
+            silently stay at its random start; and for one whose steps are too small for 16-bit weights to take.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class EMATeacher(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the pairs, once the strategy has placed the module."""
         self._pairs = teacher_pairs(pl_module)
+        for teacher, _ in self._pairs:
+            _check_precision(teacher)
         # A checkpoint taken between an optimizer step and this callback still owes the teachers that step.
         owed = self._step is not None and self._step != trainer.global_step
         self._step = trainer.global_step
@@ -80,3 +83,13 @@ def teacher_pairs(module: LightningModule) -> list[tuple[EMA, nn.Module]]:
                 "not name its student, so it would never move"
             )
     return pairs
+
+
+def _check_precision(teacher: EMA) -> None:
+    """Refuse averages that rounding would hold back: in bfloat16, 0.999 goes a seventh of the way and stops there."""
+    for dtype in {p.dtype for p in teacher.parameters() if p.is_floating_point()}:
+        if teacher.momentum < 1.0 and 1.0 - teacher.momentum < 8 * torch.finfo(dtype).eps:
+            raise UserError(
+                f"EMATeacher: an average of momentum={teacher.momentum} cannot move in {str(dtype).split('.')[-1]} "
+                "weights, and it is what is evaluated; take precision bf16-mixed or 32, or a smaller momentum"
+            )

@@ -112,3 +112,17 @@ def test_two_processes_have_one_teacher(method, points, trainer, tmp_path, two_r
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert int(a["updates"]) == int(b["updates"]) == 3
     assert torch.equal(a["module.layer.weight"], b["module.layer.weight"])
+
+
+@pytest.mark.parametrize(("precision", "momentum"), [("bf16-true", 0.999), ("bf16-true", 0.9), ("bf16-mixed", 0.999)])
+def test_averages_that_16_bit_weights_cannot_follow_are_refused(method, points, trainer, precision, momentum) -> None:
+    model = method("averaged")
+    model.configure_model()
+    model.teacher.momentum = momentum
+    run = trainer(EMATeacher(), precision=precision)
+    if (precision, momentum) == ("bf16-true", 0.999):
+        with pytest.raises(UserError, match=r"momentum=0.999 cannot move in bfloat16 weights"):
+            run.fit(model, points())
+    else:
+        run.fit(model, points())
+        assert int(model.teacher.updates) > 0
