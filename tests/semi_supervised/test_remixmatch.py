@@ -162,3 +162,8 @@ def test_arguments_out_of_range_are_named(arguments) -> None:
     (name,) = arguments
     with pytest.raises(UserError, match=f"{name}="):
         build(**arguments)
+
+
+def test_a_joint_forward_pass_that_nothing_would_heed_is_refused() -> None:
+    with pytest.raises(UserError, match="forward_pass must be 'split'"):
+        build(forward_pass="joint")

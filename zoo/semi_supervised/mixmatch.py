@@ -38,7 +38,7 @@ class MixMatch(Consistency):
         unlabeled_weight: :math:`\lambda_u` ≥ 0: the paper's 75 for CIFAR-10, 150 for CIFAR-100, 250 for SVHN. With 0 it
             is mixup with unlabeled samples.
         ramp: share of training over which it grows, linearly: the paper's 16,000 of a million steps.
-        **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
+        **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`; ``forward_pass`` must be ``"split"``.
 
     Raises:
         UserError: if an argument is out of its range; in training, for inputs that are not pixels.
@@ -67,6 +67,8 @@ class MixMatch(Consistency):
         self.temperature, self.alpha = temperature, alpha
         if temperature <= 0.0 or alpha < 0.0:
             raise UserError(f"MixMatch: temperature={temperature} must be positive and alpha={alpha} not negative")
+        if self.forward_pass != "split":
+            raise UserError("MixMatch: forward_pass must be 'split', as what is mixed depends on the guesses")
 
     def guess(self, views: list[Tensor]) -> Tensor:
         """The views' mean prediction, sharpened: (μB, C), without a gradient."""

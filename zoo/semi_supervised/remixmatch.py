@@ -49,7 +49,7 @@ class ReMixMatch(Consistency):
         anchor_weight: :math:`\lambda_a` ≥ 0, of the unmixed strong view.
         rotation_weight: :math:`\lambda_r` ≥ 0; 0 for what has no upright, or is not square.
         ramp: share of training over which the first two grow, linearly.
-        **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`.
+        **kwargs: see :class:`~zoo.semi_supervised.base.SemiSupervised`; ``forward_pass`` must be ``"split"``.
 
     Raises:
         UserError: if an argument is out of its range; in training, for inputs that are not square images.
@@ -84,6 +84,8 @@ class ReMixMatch(Consistency):
         for name, value in (("alpha", alpha), ("anchor_weight", anchor_weight), ("rotation_weight", rotation_weight)):
             if value < 0.0:
                 raise UserError(f"ReMixMatch: {name}={value} must not be negative")
+        if self.forward_pass != "split":
+            raise UserError("ReMixMatch: forward_pass must be 'split', as what is mixed depends on the guesses")
         self.strong_views = ("strong", *(f"strong_{k}" for k in range(2, num_strong + 1)))
         self.unlabeled_views = ("weak", *self.strong_views)  # type: ignore[misc]
         self.alignment_recipe, self.temperature, self.alpha = alignment, temperature, alpha
