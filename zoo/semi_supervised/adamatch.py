@@ -27,7 +27,8 @@ class AdaMatch(FixMatch):
     :math:`\tilde q` and :math:`c_\tau` are of :class:`~zoo.policies.relative.RelativeThreshold`. The labeled logits
     :math:`z` are interpolated at random, :math:`z \leftarrow z' + u\,(z'' - z')` with :math:`u \sim U(0, 1)` for every
     logit, between :math:`z'` of the joint batch and :math:`z''` of the labeled batch by itself, which differ by the
-    statistics of BatchNorm; those of the labeled batch are not remembered. Without BatchNorm or dropout it has no effect.
+    statistics of BatchNorm; those of the labeled batch are not remembered. Without BatchNorm or dropout it has no
+    effect.
 
     Batch: ``labeled`` {image, strong, label}, ``unlabeled`` {weak, strong, hidden_label (watched only)}.
 
