@@ -85,7 +85,8 @@ class PredictionWriter(Callback):
         folder = run_folder(trainer) if self.folder is None else Path(self.folder)
         if trainer.is_global_zero:
             if self.tensors_name is not None:
-                _write_tensors(folder / self.tensors_name, index, probabilities)
+                samples = getattr(getattr(trainer, "datamodule", None), "predicts", None)
+                _write_tensors(folder / self.tensors_name, index, probabilities, samples)
             if self.csv_name is not None:
                 classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
                 self._write_csv(folder / self.csv_name, index, probabilities, paths, classes)
@@ -129,8 +130,10 @@ class PredictionWriter(Callback):
         write_atomically(path, write)
 
 
-def _write_tensors(path: Path, index: Tensor, probabilities: Tensor) -> None:
+def _write_tensors(path: Path, index: Tensor, probabilities: Tensor, samples: str | None) -> None:
+    """``samples`` says whose numbers the index has: those of a test set must not become labels for training."""
     from safetensors.torch import save_file
 
+    metadata = None if samples is None else {"samples": samples}
     tensors = {"index": index.contiguous(), "probabilities": probabilities.contiguous()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))

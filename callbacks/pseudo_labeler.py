@@ -141,6 +141,8 @@ class PseudoLabeler(Callback):
         epoch = trainer.current_epoch
         if self.every_n_epochs and epoch and epoch % self.every_n_epochs == 0 and self.epoch < epoch:
             self.advance(trainer, pl_module, epoch)
+        if self.at_start and not self.round:  # resumed from a checkpoint that knows of no labels
+            self.relabel(trainer, pl_module, epoch)
         self.on_train_epoch_start(trainer, pl_module)  # a resumed loop need not call it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -187,6 +187,11 @@ class Data(LightningDataModule):
         """The samples that ``predict`` goes through when there is no ``predict_folder``."""
         return self._test(self.source)
 
+    @property
+    def predicts(self) -> str:
+        """Whose numbers ``index`` has in ``predict``: ``train``, ``test`` or ``folder``."""
+        return "test" if self.predict_folder is None else "folder"
+
     # Lightning's hooks -----------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:

@@ -44,7 +44,8 @@ class SemiSupervisedData(PseudoLabels):
         include_labeled: labelled samples are also among the unlabelled ones, without their labels.
         strong: the strong view; by default RandAugment and cutout, restricted for digits.
         pseudo_labels: labels for the unlabelled samples that an earlier run wrote: ``pseudo_labels.safetensors`` of a
-            ``PseudoLabeler``, or the predictions of ``zoo predict``. They hold until a ``PseudoLabeler`` gives others.
+            ``PseudoLabeler``, or the predictions of ``zoo predict`` for training samples (``WeakLabelData``). They hold
+            until a ``PseudoLabeler`` gives others.
         **kwargs: see :class:`~datamodules.base.Data`.
     """
 

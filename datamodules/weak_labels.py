@@ -110,6 +110,11 @@ class WeakLabelData(PseudoLabels):
             return self._test(self.source)
         return self._train(self.source).subset(self.parts["student"])
 
+    @property
+    def predicts(self) -> str:
+        """``train``, unless the test set or a folder is asked for."""
+        return "train" if self.predict_on == "half" and self.predict_folder is None else super().predicts
+
     def _finish(self, role: Role, raw: dict[str, Any]) -> dict[str, Tensor]:
         batch = super()._finish(role, raw)
         if "probabilities" in batch:
@@ -138,14 +143,24 @@ def read_weak_labels(file: str | Path, num_classes: int) -> dict[str, Tensor]:
     """``index`` (N,) int64 and ``probabilities`` (N, C) float32 from a .safetensors or .pt file, checked.
 
     Raises:
-        UserError: when a tensor is missing, the number of classes differs, an index occurs twice, or rows are no
-            probabilities.
+        UserError: when a tensor is missing, the number of classes differs, an index occurs twice, rows are no
+            probabilities, or the file says that its samples are none of the training set.
     """
     file = Path(file)
     if file.suffix == ".safetensors":
+        from safetensors import safe_open
         from safetensors.torch import load_file
 
         content = load_file(file)
+        with safe_open(file, "pt") as opened:
+            samples = (opened.metadata() or {}).get("samples", "train")
+        if samples != "train":
+            where = "test set" if samples == "test" else "folder"
+            raise UserError(
+                f"weak labels {str(file)!r}: these are predictions of a {where}, whose numbers are not those of the "
+                "training samples. A PseudoLabeler writes labels of training samples, as does zoo predict with "
+                "WeakLabelData"
+            )
     else:
         content = torch.load(file, weights_only=True, map_location="cpu")
     if not isinstance(content, dict) or not {"index", "probabilities"} <= set(content):

@@ -89,6 +89,17 @@ def test_resumes_with_the_labels_of_the_uninterrupted_run(method, points, traine
     assert labeler.round == 4
 
 
+def test_a_checkpoint_without_labels_gets_them_at_the_start(method, points, trainer, tmp_path) -> None:
+    first = trainer(max_epochs=1)
+    first.fit(method(), points())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    for every, expected in ((0, 1), (1, 2)):  # the round of the first epoch was due, and then the second's
+        data, labeler = points(), PseudoLabeler(every_n_epochs=every)
+        trainer(labeler, seen := Rounds(data), max_epochs=2).fit(method(), data, ckpt_path=tmp_path / "one.ckpt")
+        assert set(seen.at) == {1}
+        assert labeler.round == expected
+
+
 def test_an_epoch_cut_short_makes_no_round(method, points, trainer) -> None:
     labeler = PseudoLabeler(at_start=False)
     trainer(labeler, max_epochs=-1, max_steps=9).fit(method(), points())

@@ -6,11 +6,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from callbacks import PseudoLabeler
+from callbacks import PredictionWriter, PseudoLabeler
 from callbacks.pseudo_labeler import read_pseudo_labels
 from datamodules import Blobs, SemiSupervisedData, SupervisedData, WeakLabelData
 from zoo.core.card import Card
@@ -250,3 +251,18 @@ def test_says_what_is_wrong(tmp_path):
         supervisor.pseudo_label_dataloader()
     with pytest.raises(UserError, match=r"PseudoLabeler: SupervisedData has no pseudo_label_dataloader\(\)"):
         trainer(tmp_path, PseudoLabeler()).fit(method(), SupervisedData(Blobs(samples=60), val_size=9, batch_size=4))
+
+
+@pytest.mark.parametrize("of", ["test", "folder"])
+def test_predictions_of_other_samples_than_those_of_training_are_refused(tmp_path, of):
+    model, data = method(), blobs()
+    if of == "folder":
+        Image.new("L", (8, 8)).save(tmp_path / "a.png")
+        data = blobs(predict_folder=str(tmp_path))
+    trainer(tmp_path, PredictionWriter()).predict(model, data, return_predictions=False)
+    file = str(tmp_path / "predictions.safetensors")
+    with pytest.raises(UserError, match="whose numbers are not those of the training samples"):
+        blobs(pseudo_labels=file).setup("fit")
+    half = WeakLabelData(Blobs(samples=60), batch_size=4, val_size=9)
+    trainer(tmp_path, PredictionWriter()).predict(model, half, return_predictions=False)
+    blobs(pseudo_labels=file).setup("fit")
