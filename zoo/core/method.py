@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.core.card import Card
@@ -103,8 +104,13 @@ class Method(Persistent, Evaluated, LeanHooks):
 
     @property
     def progress(self) -> float:
-        """Completed fraction of training in [0, 1]; 0 outside a trainer and in a run without an end."""
-        if self._trainer is None or not (steps := self.trainer.estimated_stepping_batches) < float("inf"):
+        """Completed fraction of training in [0, 1]; 0 outside a trainer and, with a warning, in an endless run."""
+        if self._trainer is None:
+            return 0.0
+        if not (steps := self.trainer.estimated_stepping_batches) < float("inf"):
+            rank_zero_warn(
+                f"{type(self).__name__}: without max_steps or max_epochs, what follows the progress stays as it begins"
+            )
             return 0.0
         return min(self.trainer.global_step / steps, 1.0)
 
