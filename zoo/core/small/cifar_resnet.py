@@ -32,8 +32,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map to map."""
-        hidden = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(hidden + self.shortcut(x))
+        hidden = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
+        return F.relu(hidden + self.shortcut(x), inplace=True)
 
 
 class CifarResNet(StagedNet):
@@ -70,7 +70,7 @@ class CifarResNet(StagedNet):
             for i in range(3)
         ]
         stem = nn.Sequential(
-            nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
         )
         super().__init__(stem, stages, widths[1:], (1, 2, 4), num_classes, drop_rate=drop_rate)
         for module in self.modules():

@@ -30,7 +30,7 @@ class Layer(nn.Module):
         height, width = (max(0, self.smallest - size) for size in x.shape[-2:])
         if height or width:
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-        return self.pool(F.relu(self.norm(self.conv(x))))
+        return self.pool(F.relu(self.norm(self.conv(x)), inplace=True))
 
 
 class LeNet(StagedNet):

@@ -17,7 +17,7 @@ def _layer(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation
     """Convolution, batch norm, ReLU."""
     padding = dilation * (kernel // 2)
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class SegCNN(StagedNet):

@@ -31,7 +31,7 @@ class TinyCNN(StagedNet):
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 8, drop_rate: float = 0.0) -> None:
         widths = [in_chans, width, 2 * width, 4 * width]
         stages = [
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
             for a, b in pairwise(widths)
         ]
         super().__init__(nn.Identity(), stages, widths[1:], (2, 4, 8), num_classes, drop_rate=drop_rate)

@@ -37,8 +37,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map to map."""
-        active = F.leaky_relu(self.norm1(x), self.slope)
-        hidden = F.leaky_relu(self.norm2(self.conv1(active)), self.slope)
+        active = F.leaky_relu(self.norm1(x), self.slope, inplace=True)
+        hidden = F.leaky_relu(self.norm2(self.conv1(active)), self.slope, inplace=True)
         hidden = self.conv2(F.dropout(hidden, self.drop, self.training))
         return hidden + (x if self.shortcut is None else self.shortcut(active if self.activated else x))
 
@@ -53,7 +53,7 @@ class Final(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map to map."""
-        return F.leaky_relu(self.norm(x), self.slope)
+        return F.leaky_relu(self.norm(x), self.slope, inplace=True)
 
 
 class WideResNet(StagedNet):
