@@ -141,7 +141,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
-    parser.add_argument("--changes", nargs="*", default=[], help="further options of zoo fit")
+    parser.add_argument(
+        "--change", dest="changes", action="append", default=[], help="a further option of zoo fit: --change=--a.b=c"
+    )
     parser.add_argument("--table", action="store_true", help="only print what has finished")
     arguments = parser.parse_args()
     for setting in arguments.settings:
