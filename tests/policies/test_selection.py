@@ -140,6 +140,15 @@ def test_balanced_counts_are_exact(count) -> None:
     assert Balanced(5)(p)[1].gt(0).sum() <= 300
 
 
+def test_a_class_of_one_cannot_outweigh_the_others() -> None:
+    p = torch.full((101, 2), 0.1)
+    p[:100, 0], p[100, 1] = 0.9, 0.9
+    unlimited, limited = Balanced(2, 50)(p)[1], Balanced(2, 50, max_copies=5)(p)[1]
+    assert unlimited[100] == 1 and unlimited[:100].max() == pytest.approx(1 / 50)
+    assert limited[100] == 1 and limited[:100].max() == pytest.approx(1 / 5)
+    assert limited[:100].gt(0).sum() == 50
+
+
 def test_random_subsets_differ_between_rounds_and_are_repeatable() -> None:
     p = predictions()
     first, again, second = (RandomSubset(4, fraction=0.25, seed=1)(p, number)[1] for number in (1, 1, 2))
@@ -191,6 +200,7 @@ def test_harden() -> None:
         (Curriculum, {"step": 0.0}, "step=0.0"),
         (Balanced, {"count": 0}, "count=0"),
         (Balanced, {"threshold": 1.0}, "threshold=1.0"),
+        (Balanced, {"max_copies": 0}, "max_copies=0"),
         (Debiased, {"strength": -1.0}, "strength=-1.0"),
         (TransductiveBound, {"grid": 0}, "grid=0"),
     ],

@@ -189,6 +189,8 @@ class Balanced(Selection):
         count: :math:`k`, at least 1; None takes N / C.
         threshold: what confidence must exceed, in [0, 1).
         copies: whether classes with few samples are filled up.
+        max_copies: most copies of one sample; None has no limit, as in the paper. Copies are weights here: without a
+            limit a class that is hardly ever predicted takes all weight from the others, where a run is short.
         seed: of the draw of those with one copy more.
 
     Source: Xie et al. 2020, arXiv 1911.04252, "data filtering and balancing" (0.3, 130,000 of each ImageNet class).
@@ -200,14 +202,18 @@ class Balanced(Selection):
         count: int | None = None,
         threshold: float = 0.3,
         copies: bool = True,
+        max_copies: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(num_classes)
         if count is not None and count < 1:
             raise UserError(f"Balanced: count={count} must be at least 1")
+        if max_copies is not None and max_copies < 1:
+            raise UserError(f"Balanced: max_copies={max_copies} must be at least 1, or null for no limit")
         if not 0.0 <= threshold < 1.0:
             raise UserError(f"Balanced: threshold={threshold} must lie in [0, 1)")
         self.count, self.threshold, self.copies, self.seed = count, threshold, copies, seed
+        self.max_copies = max_copies
 
     def weights(self, probabilities: Tensor, number: int, rounds: int | None, prior: Tensor | None) -> Tensor:
         """Copies over the largest number of copies."""
@@ -215,6 +221,8 @@ class Balanced(Selection):
         count = self.count or max(len(label) // self.num_classes, 1)
         usable = confidence > self.threshold
         copies = balanced_copies(confidence, label, usable, self.num_classes, count, self.copies, self.seed + number)
+        if self.max_copies is not None:
+            copies = copies.clamp_max(self.max_copies)
         return (copies / copies.max().clamp_min(1)).to(probabilities.dtype)
 
 
