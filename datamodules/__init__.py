@@ -1,7 +1,7 @@
 """Data modules: what is labelled and how. Importing this names every regime, source and view, and reads no data."""
 
 from datamodules.base import Data, find_source
-from datamodules.domains import DomainData
+from datamodules.domains import DomainData, GeneralizationData
 from datamodules.segmentation import SegmentationData
 from datamodules.semi_supervised import SemiSupervisedData
 from datamodules.sources import (
@@ -41,6 +41,7 @@ __all__ = [
     "DomainData",
     "FashionMNIST",
     "FileList",
+    "GeneralizationData",
     "ImageFolder",
     "KnownClasses",
     "MNIST5k",

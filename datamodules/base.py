@@ -215,11 +215,12 @@ class Data(LightningDataModule):
         self._check_network()
         loaders = {}
         for number, (name, role) in enumerate(self.roles.items()):
-            sampler = RepeatSampler(
-                role.samples, role.batch_size, self.steps, seed=mix(self.seed, number), **self._replicas()
-            )
-            loaders[name] = self._loader(_RoleSet(role, self._in_workers(role)), sampler)
+            loaders[name] = self._loader(_RoleSet(role, self._in_workers(role)), self.make_sampler(number, role))
         return CombinedLoader(loaders, "min_size")
+
+    def make_sampler(self, number: int, role: Role) -> RepeatSampler:
+        """The order in which a role's samples come; ``number`` is the role's own stream of random numbers."""
+        return RepeatSampler(role.samples, role.batch_size, self.steps, seed=mix(self.seed, number), **self._replicas())
 
     def val_dataloader(self) -> Any:
         """Loaders by name; none when nothing is held out."""
@@ -361,6 +362,33 @@ class Data(LightningDataModule):
     def default_strong(self, strong: View | None, source: Source) -> View:
         """The strong view that was asked for, or the source's."""
         return self._ready("strong", source.strong_view() if strong is None else strong, source)
+
+    def views_of(self, role: str, default: tuple[str, ...], strong: View | None, source: Source) -> dict[str, View]:
+        """The views that the method in training names in ``<role>_views``: every one has its own draw.
+
+        Args:
+            role: of the batch.
+            default: for methods that name none.
+            strong: the strong view that was asked for.
+            source: whose own views take the place of those that were not asked for.
+
+        Raises:
+            UserError: for a name that is none.
+        """
+        method = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        names = getattr(method, f"{role}_views", default)
+        kinds = {
+            "image": self.default_weak(source),
+            "weak": self.default_weak(source),
+            "strong": self.default_strong(strong, source),
+        }
+        unknown = [name for name in names if name.partition("_")[0] not in kinds]
+        if unknown:
+            raise UserError(
+                f"{type(method).__name__}: {role}_views names {unknown[0]!r}; a view is one of {', '.join(kinds)}, "
+                "with a number where several are wanted, such as 'strong_2'"
+            )
+        return {name: kinds[name.partition("_")[0]] for name in names}
 
     def _ready(self, argument: str, view: View, source: Source) -> View:
         """The view, told what it must know of the source."""

@@ -1,4 +1,4 @@
-"""Labels in one or several source domains, none in the target."""
+"""Labels in one or several source domains, and none in the target or no target at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base import VAL, Data, Role
+from datamodules.base import VAL, Role
+from datamodules.pseudo_labels import PseudoLabels
+from datamodules.samplers import DomainSampler, RepeatSampler, mix
 from datamodules.semi_supervised import join
 from datamodules.sources.base import FileSamples, Samples, Source, TensorSamples
 from datamodules.splits import Split, counts, generator, proportional, stratified
@@ -16,17 +18,19 @@ from datamodules.transforms import Channels, View
 from zoo.core.errors import UserError
 
 
-class DomainData(Data):
+class DomainData(PseudoLabels):
     """Labelled images of source domains and unlabelled ones of a target domain.
 
     Target images are brought to the size and channels of the (first) source, and normalised like it. Domains are
     numbered: 0 .. S-1 the S sources, S the target. Where the target source names its classes, names and order must be
     those of the source.
 
-    Batch: ``source`` {image, label, domain, index}, ``target`` {image, weak, strong, domain, index, hidden_label};
-    ``target/image`` is the weak view. Validation: ``val``, held-out labelled source samples, on which a model may be
-    selected, and ``oracle``, held-out target samples, whose labels a real user would not have. Test: ``test``, the
-    target's test set.
+    Batch: ``source`` {image, label, domain, index}, ``target`` {image, weak, strong, domain, index, hidden_label,
+    pseudo_label, pseudo_label_weight, has_pseudo_label}, or other views where the method names them in ``source_views``
+    and ``target_views``: what no method looks at is not made. The last three are what a ``PseudoLabeler`` among the
+    callbacks last gave, see :class:`~datamodules.pseudo_labels.PseudoLabels`. Validation: ``val``, held-out labelled
+    source samples, on which a model may be selected, and ``oracle``, held-out target samples, whose labels a real user
+    would not have. Test: ``test``, the target's test set.
 
     Args:
         source: the labelled domain, or a list of them.
@@ -80,6 +84,11 @@ class DomainData(Data):
         """Number of source domains."""
         return len(self.sources)
 
+    @property
+    def pseudo_label_role(self) -> str | None:
+        """``target``."""
+        return "target"
+
     def _sources(self) -> list[Source]:
         return [*self.sources, self.target]
 
@@ -89,10 +98,18 @@ class DomainData(Data):
         self._compare_classes()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what the stage needs."""
+        """Load what the stage needs, and take up the views of the method that is to be trained now."""
         self._compare_classes()
         self._compare_vocabularies()
         super().setup(stage)
+        if stage in (None, "fit"):
+            # one domain whose classes do not survive a mirror decides for all
+            strictest = next((source for source in self._sources() if not source.flip), self.source)
+            for name, default in (("source", ("image",)), ("target", ("weak", "strong"))):
+                if name in self._roles:
+                    views = self.views_of(name, default, self.strong, strictest)
+                    self._roles[name].views = views
+                    self._roles[name].aliases = {"image": "weak"} if "weak" in views and "image" not in views else {}
 
     def _compare_classes(self) -> None:
         for other in self._sources()[1:]:
@@ -180,21 +197,10 @@ class DomainData(Data):
 
     def make_roles(self) -> dict[str, Role]:
         """Two roles: ``source`` and ``target``."""
-        # one domain whose classes do not survive a mirror decides for all
-        strictest = next((source for source in self._sources() if not source.flip), self.source)
-        weak = self.default_weak(strictest)
-        strong = self.default_strong(self.strong, strictest)
-        labeled = self._joined("source")
         target = self._train(self.target).subset(self.parts["target"])
         return {
-            "source": Role(labeled, self.batch_size, {"image": weak}),
-            "target": Role(
-                target,
-                self.batch_size * self.target_ratio,
-                {"weak": weak, "strong": strong},
-                aliases={"image": "weak"},
-                hidden=True,
-            ),
+            "source": Role(self._joined("source"), self.batch_size, {}),
+            "target": Role(target, self.batch_size * self.target_ratio, {}, hidden=True),
         }
 
     def _joined(self, part: str) -> Samples:
@@ -227,6 +233,47 @@ class DomainData(Data):
         if self.channels == 3:
             return tuple(mean) * 3, tuple(std) * 3
         return (sum(mean) / 3,), (sum(std) / 3,)
+
+
+class GeneralizationData(DomainData):
+    """Labelled images of several domains; the domain to be generalised to is never seen in training.
+
+    Every process and step sees ``batch_size / S`` samples of each of the S source domains, one domain after another:
+    sources of any size count alike, as in DomainBed, whose ``batch_size`` is that of one domain. Methods group by
+    ``domain``, not by the order.
+
+    Batch: ``source`` {image, label, domain, index}. Validation: ``val``, held-out samples of the source domains
+    ("training-domain validation", the default for selection), and ``oracle``, held-out samples of the target's training
+    set, on which a model may only be selected if that is said aloud. Test: ``test``, the target's test set.
+
+    Args:
+        source: the labelled domains, at least one.
+        target: the domain that is left out.
+        batch_size: source samples per process and step, together over all domains; a multiple of their number.
+        **kwargs: see :class:`DomainData`; ``target_ratio`` means nothing here.
+    """
+
+    def __init__(self, source: Source | list[Source], target: Source, batch_size: int = 96, **kwargs: Any) -> None:
+        super().__init__(source, target, batch_size, **kwargs)
+        if batch_size % self.num_domains:
+            raise UserError(
+                f"GeneralizationData: batch_size={batch_size} must be a multiple of the {self.num_domains} source "
+                f"domains, such as {max(batch_size // self.num_domains, 1) * self.num_domains}"
+            )
+
+    @property
+    def pseudo_label_role(self) -> str | None:
+        """None: no role is without labels."""
+        return None
+
+    def make_roles(self) -> dict[str, Role]:
+        """One role: ``source``."""
+        return {"source": Role(self._joined("source"), self.batch_size, {})}
+
+    def make_sampler(self, number: int, role: Role) -> RepeatSampler:
+        """As many samples of every domain in every batch."""
+        domains = role.samples.columns["domain"]
+        return DomainSampler(domains, role.batch_size, self.steps, seed=mix(self.seed, number), **self._replicas())
 
 
 def adapt(samples: Samples, size: int, channels: int) -> Samples:

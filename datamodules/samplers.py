@@ -121,6 +121,53 @@ class RepeatSampler(DistributedSampler):  # Lightning leaves subclasses of Distr
         return taken
 
 
+class DomainSampler(RepeatSampler):
+    """As many samples of every domain in every batch, each domain in its own endless chain of permutations.
+
+    A domain smaller than the others is passed through more often. Within a batch one domain follows the other.
+
+    Args:
+        domains: (N,) the domain of each sample.
+        batch_size: samples per process and step, a multiple of the number of domains.
+        steps: batches per process and epoch.
+        seed: start of the chains.
+        num_replicas: number of processes; found out if not given.
+        rank: number of this process; found out if not given.
+
+    Raises:
+        ValueError: when the set is empty, or ``batch_size`` is no multiple of the number of domains.
+    """
+
+    def __init__(
+        self,
+        domains: Tensor,
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(len(domains), batch_size, steps, seed, num_replicas, rank)
+        self.rows = [(domains == domain).nonzero().flatten() for domain in domains.unique().tolist()]
+        if batch_size % len(self.rows):
+            raise UserError(f"DomainSampler: batch_size={batch_size} must be a multiple of {len(self.rows)} domains")
+        share = batch_size // len(self.rows)
+        self.chains = [
+            RepeatSampler(len(rows), share, steps, mix(seed, number), self.num_replicas, self.rank)
+            for number, rows in enumerate(self.rows)
+        ]
+
+    def batches(self, start: int) -> Iterator[Draw]:
+        """The batches of the current epoch from number ``start`` on."""
+        for chain in self.chains:
+            chain.set_epoch(self.epoch)
+        for step, draws in enumerate(zip(*(chain.batches(start) for chain in self.chains), strict=True), start):
+            taken = [rows[torch.tensor(draw)] for rows, draw in zip(self.rows, draws, strict=True)]
+            draw = Draw(torch.cat(taken).tolist())
+            draw.seed = mix(self.seed, step + self.epoch * self.steps, self.rank)
+            yield draw
+
+
 class EvalSampler(DistributedSampler):
     """Every sample exactly once, in order, shared out over the processes.
 

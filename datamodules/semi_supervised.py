@@ -108,8 +108,8 @@ class SemiSupervisedData(PseudoLabels):
         """Load what the stage needs, and take up the views of the method that is to be trained now."""
         super().setup(stage)
         if stage in (None, "fit"):
-            self._roles["labeled"].views = self._views("labeled", ("image",))
-            self._roles["unlabeled"].views = self._views("unlabeled", ("weak", "strong"))
+            self._roles["labeled"].views = self.views_of("labeled", ("image",), self.strong, self.source)
+            self._roles["unlabeled"].views = self.views_of("unlabeled", ("weak", "strong"), self.strong, self.source)
             if self.pseudo_labels is not None and self._labels is None:
                 self.set_pseudo_labels(*read_pseudo_labels(self.pseudo_labels, self.num_classes))
 
@@ -132,23 +132,6 @@ class SemiSupervisedData(PseudoLabels):
                 hidden=True,
             ),
         }
-
-    def _views(self, role: str, default: tuple[str, ...]) -> dict[str, View]:
-        """The views that the method in training names in ``<role>_views``: every one has its own draw."""
-        method = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        names = getattr(method, f"{role}_views", default)
-        kinds = {
-            "image": self.default_weak(self.source),
-            "weak": self.default_weak(self.source),
-            "strong": self.default_strong(self.strong, self.source),
-        }
-        unknown = [name for name in names if name.partition("_")[0] not in kinds]
-        if unknown:
-            raise UserError(
-                f"{type(method).__name__}: {role}_views names {unknown[0]!r}; a view is one of {', '.join(kinds)}, "
-                "with a number where several are wanted, such as 'strong_2'"
-            )
-        return {name: kinds[name.partition("_")[0]] for name in names}
 
 
 def join(first: Samples, second: Samples, offset: int) -> Samples:

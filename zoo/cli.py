@@ -117,7 +117,7 @@ class ZooCLI(LightningCLI):
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if not config.get("ckpt_path"):
-            if subcommand != "fit" and not config.get("untrained"):
+            if subcommand != "fit" and not config.get("untrained") and not _has_weights(config):
                 raise UserError(_no_checkpoint(subcommand))
             return
         path = run_folder.existing_checkpoint(str(config.ckpt_path))
@@ -173,7 +173,7 @@ class ZooCLI(LightningCLI):
         elif self.subcommand == "fit":
             self.folder = run_folder.claim(config.name)
         else:
-            self.folder = run_folder.RUNS / f"{config.name}-untrained"
+            self.folder = run_folder.RUNS / f"{config.name}{'' if _has_weights(config) else '-untrained'}"
         run_folder.check_writable(self.folder)
 
     def _derived_name(self, config: Namespace) -> str:
@@ -252,12 +252,24 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     return dict(content.get("hyper_parameters") or {})
 
 
+def _has_weights(config: Namespace) -> bool:
+    """Whether the network brings weights of a whole trained network, so that there is something to test."""
+    network = flatten(config.get("model") or Namespace())
+    weights = str(network.get("init_args.network.init_args.weights") or "")
+    return (
+        bool(weights)
+        and Path(weights).exists()
+        and network.get("init_args.network.init_args.weights_part") != "backbone"
+    )
+
+
 def _no_checkpoint(subcommand: str) -> str:
     newest = catalog.checkpoints()
     known = "Newest: " + ", ".join(map(str, newest)) if newest else "There is none under runs/ yet: run zoo fit first"
     return (
         f"{subcommand} needs --ckpt_path: without one, random weights would be scored. {known}."
-        " (--untrained true scores the untrained model knowingly)"
+        " (A network trained elsewhere: --model.network.weights FILE; --untrained true scores random weights "
+        "knowingly)"
     )
 
 

@@ -10,6 +10,7 @@ from datamodules import (
     Blobs,
     DomainData,
     FileList,
+    GeneralizationData,
     ImageFolder,
     MissingData,
     SemiSupervisedData,
@@ -18,6 +19,7 @@ from datamodules import (
 )
 from datamodules.base import Data
 from datamodules.transforms import Downsample, Identity, Strong, Weak
+from zoo.core.errors import UserError
 
 PSEUDO = {"pseudo_label", "pseudo_label_weight", "has_pseudo_label"}
 UNLABELED = {"weak", "strong", "index", "hidden_label", *PSEUDO}
@@ -275,7 +277,7 @@ def test_domain_batch_brings_the_target_to_the_source():
     data = DomainData(Blobs(size=8, channels=3), Blobs(size=5, channels=1, shift=40), batch_size=6, target_ratio=2)
     batch = first_batch(data)
     assert batch["source"].keys() == {"image", "label", "domain", "index"}
-    assert batch["target"].keys() == {"image", "weak", "strong", "domain", "index", "hidden_label"}
+    assert batch["target"].keys() == {"image", "weak", "strong", "domain", "index", "hidden_label"} | PSEUDO
     assert batch["source"]["image"].shape == (6, 3, 8, 8)
     assert batch["target"]["strong"].shape == (12, 3, 8, 8)
     assert batch["target"]["image"] is batch["target"]["weak"]
@@ -292,6 +294,24 @@ def test_domains_are_validated_apart():
     assert not seen & set(data.split["oracle"].tolist())
     (batch, *_) = evaluated(data.val_dataloader()["oracle"], data)
     assert batch["domain"].unique().tolist() == [1]
+
+
+def test_generalization_leaves_the_target_out():
+    sources = [Blobs(samples=30), Blobs(samples=60, shift=9)]
+    data = GeneralizationData(sources, Blobs(samples=40, shift=40), batch_size=8, val_size=0.1, steps=3)
+    data.setup()
+    for batch in all_batches(data):
+        assert batch.keys() == {"source"}
+        assert batch["source"].keys() == {"image", "label", "domain", "index"}
+        assert batch["source"]["domain"].tolist() == [0] * 4 + [1] * 4
+    assert set(data.val_dataloader()) == {"val", "oracle"}
+    with pytest.raises(UserError, match="no role of this run is without labels"):
+        data.pseudo_label_dataloader()
+
+
+def test_generalization_needs_equal_shares():
+    with pytest.raises(UserError, match="batch_size=7 must be a multiple of the 2 source domains, such as 6"):
+        GeneralizationData([Blobs(), Blobs()], Blobs(), batch_size=7)
 
 
 def test_several_sources_are_numbered_and_mixed():

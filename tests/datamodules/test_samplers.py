@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from datamodules import Blobs, SupervisedData
-from datamodules.samplers import EvalSampler, Loader, RepeatSampler, mix
+from datamodules.samplers import DomainSampler, EvalSampler, Loader, RepeatSampler, mix
+from zoo.core.errors import UserError
 
 
 def batches(sampler, epoch=0, start=0):
@@ -172,3 +173,33 @@ def test_lightning_leaves_the_sampler_alone(tmp_path):
 
     for one in combined.flattened:
         assert _process_dataloader(trainer, TrainerFn.FITTING, RunningStage.TRAINING, one) is one
+
+
+def test_every_batch_has_as_many_of_every_domain() -> None:
+    domains = torch.tensor([0] * 10 + [2] * 3 + [1] * 6)
+    sampler = DomainSampler(domains, 6, 5, seed=1, num_replicas=1, rank=0)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 5
+    assert all(domains[torch.tensor(draw)].tolist() == [0, 0, 1, 1, 2, 2] for draw in batches)
+    assert sorted(i for draw in batches for i in draw[:2]) == list(range(10))  # a whole pass
+    assert list(sampler.batches(3)) == batches[3:]
+    assert [draw.seed for draw in sampler.batches(3)] == [draw.seed for draw in batches[3:]]
+
+
+def test_ranks_share_every_domain_out() -> None:
+    domains = torch.arange(2).repeat_interleave(8)
+    ranks = [list(DomainSampler(domains, 4, 4, num_replicas=2, rank=rank)) for rank in range(2)]
+    assert sorted(i for batches in ranks for draw in batches for i in draw) == sorted(2 * list(range(16)))
+    assert all(not set(a) & set(b) for a, b in zip(*ranks, strict=True))
+
+
+def test_epochs_of_domains_differ() -> None:
+    sampler = DomainSampler(torch.arange(2).repeat_interleave(50), 4, 3, num_replicas=1, rank=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert not {i for d in first for i in d} & {i for d in sampler for i in d}
+
+
+def test_batches_that_domains_do_not_divide() -> None:
+    with pytest.raises(UserError, match="batch_size=5 must be a multiple of 2"):
+        DomainSampler(torch.arange(2).repeat(4), 5, 1)

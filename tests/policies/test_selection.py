@@ -144,8 +144,10 @@ def test_a_class_of_one_cannot_outweigh_the_others() -> None:
     p = torch.full((101, 2), 0.1)
     p[:100, 0], p[100, 1] = 0.9, 0.9
     unlimited, limited = Balanced(2, 50)(p)[1], Balanced(2, 50, max_copies=5)(p)[1]
-    assert unlimited[100] == 1 and unlimited[:100].max() == pytest.approx(1 / 50)
-    assert limited[100] == 1 and limited[:100].max() == pytest.approx(1 / 5)
+    assert unlimited[100] == 1
+    assert unlimited[:100].max() == pytest.approx(1 / 50)
+    assert limited[100] == 1
+    assert limited[:100].max() == pytest.approx(1 / 5)
     assert limited[:100].gt(0).sum() == 50
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from zoo.core.backbones import Backbone, create_backbone, rename
 from zoo.core.errors import UserError
 from zoo.core.heads import Head, Linear
+from zoo.core.necks import Neck
 from zoo.core.weights import Part, WeightsError, choose_part, find_weights, load_into
 
 __all__ = ["Network"]
 
 
 class Network(nn.Module):
-    r"""Backbone :math:`\phi` and head :math:`h`: logits :math:`z = h(\phi(x))`.
+    r"""Backbone :math:`\phi` and head :math:`h`, with a neck :math:`n` where one is named: :math:`z = h(n(\phi(x)))`.
 
     As a recipe it lacks only the number of outputs: ``partial(Network, backbone="lenet", in_channels=1)`` in Python,
     ``network: {class_path: Network, init_args: {backbone: lenet, in_channels: 1}}`` in YAML.
@@ -30,6 +31,8 @@ class Network(nn.Module):
         weights: ``None`` for random ones, ``pretrained`` for the library's own, a file (.safetensors, .pt, .ckpt of a
             training) or a folder, ``hf-hub:owner/name[@revision]``, or ``efficientnet-lite0``.
         head: recipe of the head, from D and C.
+        neck: recipe of a layer between backbone and head, from D, such as
+            :class:`~zoo.core.necks.Bottleneck`; its output are then the features.
         in_channels: channels of the image.
         dropout: rate in front of the head, in [0, 1).
         image_size: height and width, needed by networks that are built for one size.
@@ -55,6 +58,7 @@ class Network(nn.Module):
         channels_last: bool = False,
         arguments: dict[str, Any] | None = None,
         weights_part: Part = "predictor",
+        neck: Callable[[int], Neck] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_outputs", num_outputs), ("in_channels", in_channels)):
@@ -64,7 +68,9 @@ class Network(nn.Module):
             raise UserError(f"Network: dropout={dropout}, must lie in [0, 1)")
         own = weights if weights == "pretrained" else None
         self.backbone: Backbone = create_backbone(backbone, own, in_channels, image_size, arguments)
-        self.num_features = self.backbone.num_features
+        between = None if neck is None else neck(self.backbone.num_features)
+        self.neck: nn.Module = nn.Identity() if between is None else between
+        self.num_features: int = self.backbone.num_features if between is None else between.num_features
         self.num_outputs = num_outputs
         self.dropout = nn.Dropout(dropout)
         self.head: nn.Module = head(self.num_features, num_outputs)
@@ -95,7 +101,10 @@ class Network(nn.Module):
                 f"weights: {weights} has a head of {kind}, but here num_outputs={self.num_outputs} in "
                 f"{type(self.head).__name__}; weights_part: backbone leaves the head out"
             )
-        load_into(self, state, weights, except_under="" if theirs == mine else "head.")
+        left_out = [] if theirs == mine else ["head."]
+        if not any(name.startswith("neck.") for name in state):  # a library's network has none: ours begins afresh
+            left_out.append("neck.")
+        load_into(self, state, weights, except_under=tuple(left_out))
 
     def prepare(self, x: Any) -> Any:
         """Check an input and bring images to the memory format.
@@ -125,7 +134,7 @@ class Network(nn.Module):
 
     def features(self, x: Any) -> Tensor:
         """Inputs to features (B, D)."""
-        return self.backbone.features(self.prepare(x))
+        return self.neck(self.backbone.features(self.prepare(x)))
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""

@@ -262,7 +262,7 @@ def choose_part(state: Mapping[str, Tensor], part: Part = "predictor") -> dict[s
     Args:
         state: names and tensors. A method's are under ``network.`` and, for an averaged teacher, ``teacher.module.``.
         part: "predictor" (the teacher if there is one, otherwise the network), "teacher", "network", or "backbone" (the
-            predictor without ``head.``).
+            predictor without ``head.`` and ``neck.``).
 
     Raises:
         WeightsError: when the part is not there.
@@ -277,11 +277,13 @@ def choose_part(state: Mapping[str, Tensor], part: Part = "predictor") -> dict[s
     if not chosen:
         raise WeightsError(f"weights: part={part!r} is not in this file; it has {shorten(sorted(state))}")
     if part == "backbone":
-        chosen = {name: value for name, value in chosen.items() if not name.startswith("head.")}
+        chosen = {name: value for name, value in chosen.items() if not name.startswith(("head.", "neck."))}
     return chosen
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weights", except_under: str = "") -> None:
+def load_into(
+    module: nn.Module, state: Mapping[str, Tensor], what: str = "weights", except_under: tuple[str, ...] = ()
+) -> None:
     """Load a state dict whose names are the module's own; all or nothing.
 
     Buffers that a part of the module names in ``sized_by_data`` may have another number of rows.
@@ -290,13 +292,13 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str = "weigh
         module: takes the tensors; on the meta device it takes them as they are.
         state: names and tensors.
         what: named in errors.
-        except_under: prefix of entries and parameters that are left alone; empty for none.
+        except_under: prefixes of entries and parameters that are left alone.
 
     Raises:
         WeightsError: listing missing and unexpected names and shapes that differ; the module is then unchanged.
     """
     given, own = (
-        {name: value for name, value in entries.items() if not (except_under and name.startswith(except_under))}
+        {name: value for name, value in entries.items() if not name.startswith(except_under)}
         for entries in (state, module.state_dict())
     )
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())

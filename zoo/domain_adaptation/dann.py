@@ -4,7 +4,7 @@ Ganin et al., JMLR 2016, https://arxiv.org/abs/1505.07818
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.gradient_reversal import reverse_gradient
-from zoo.core.method import Method
 from zoo.core.schedules import dann_ramp
+from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.domain_adaptation.discriminators import DomainDiscriminator
 from zoo.losses.adversarial import domain_accuracy, domain_loss
 
 
-class DANN(Method):
+class DANN(DomainAdaptation):
     r"""Features from which the label can be told and the domain cannot.
 
     .. math:: L = \tfrac1{B_s} \sum_i H(y_i^s, C(G(x_i^s)))
@@ -37,12 +37,8 @@ class DANN(Method):
         ramp_steps: optimizer steps from p = 0 to p = 1; ``None`` is the whole run, as in the paper. TLlib's schedule is
             10,000 whatever the length of the run; from there on it stays at 1, where λ = 0.9999.
         max_reversal: the value that λ approaches.
-        forward_pass: ``"joint"`` sends both domains through the network in one batch, as the paper and TLlib do, so
-            that BatchNorm normalises them together; ``"split"`` normalises each by its own statistics, which aligns the
-            first two moments by itself, and mixes both into the running averages. The same for networks without
-            BatchNorm. The discriminator always sees both in one batch.
-        **kwargs: see :class:`~zoo.core.method.Method`. TLlib learns a pretrained backbone at a tenth of the rate:
-            ``lr_multipliers={"network.backbone": 0.1}``.
+        **kwargs: see :class:`~zoo.domain_adaptation.base.DomainAdaptation`; paper and TLlib pass the domains jointly.
+            The discriminator always sees both in one batch.
 
     Source: Ganin et al. 2016, arXiv 1505.07818, equations 8-10 and 13-18, section 5.2.
     """
@@ -61,14 +57,13 @@ class DANN(Method):
         domain_weight: float = 1.0,
         ramp_steps: int | None = None,
         max_reversal: float = 1.0,
-        forward_pass: Literal["joint", "split"] = "joint",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if ramp_steps is not None and ramp_steps < 1:
             raise ValueError(f"DANN: ramp_steps={ramp_steps} must be at least 1, or null for the whole run")
         self.discriminator_recipe, self.domain_weight = discriminator, domain_weight
-        self.ramp_steps, self.max_reversal, self.forward_pass = ramp_steps, max_reversal, forward_pass
+        self.ramp_steps, self.max_reversal = ramp_steps, max_reversal
 
     def build(self) -> None:
         """The network and the discriminator of its features."""
@@ -84,17 +79,10 @@ class DANN(Method):
         step = self.trainer.global_step if self._trainer is not None else 0
         return self.max_reversal * dann_ramp(min(step / self.ramp_steps, 1.0))
 
-    def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of both domains."""
-        if self.forward_pass == "split":
-            return self.network.features(source), self.network.features(target)
-        both = self.network.features(torch.cat([source, target]))
-        return both[: len(source)], both[len(source) :]
-
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Fit the source labels and confuse the discriminator, which learns not to be confused."""
         source, target = batch["source"], batch["target"]
-        source_features, target_features = self.features(source["image"], target["image"])
+        source_features, target_features = self.both(source["image"], target["image"])
         logits = self.network.logits(source_features)
         reversed_features = reverse_gradient(torch.cat([source_features, target_features]), self.reversal)
         domains = self.discriminator(reversed_features)
