@@ -1,5 +1,6 @@
 """Optimization beyond one step downhill: what a method does with gradients besides handing them to its optimizer."""
 
+from zoo.optim.sam import SAM
 from zoo.optim.virtual import (
     Virtual,
     averaged_gradients,
@@ -13,6 +14,7 @@ from zoo.optim.virtual import (
 )
 
 __all__ = [
+    "SAM",
     "Virtual",
     "averaged_gradients",
     "check_virtual",
