@@ -3,6 +3,7 @@
 from zoo.losses.adversarial import domain_accuracy, domain_loss
 from zoo.losses.annealing import annealed_cross_entropy, annealing_threshold, mean_of_kept
 from zoo.losses.confidence import confidence_ramp, harden, soft_cross_entropy
+from zoo.losses.coral import coral, covariance
 from zoo.losses.cutmix import blend, boxes, cutmix
 from zoo.losses.decoupled_mixup import (
     decoupled_binary_cross_entropy,
@@ -20,6 +21,7 @@ from zoo.losses.focal import focal_loss
 from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_label_graph
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.mixup import mix, mixing_shares, sharpen
+from zoo.losses.mmd import Gaussian, joint_mmd, mmd
 from zoo.losses.nearest_neighbors import nearest_neighbor_loss
 from zoo.losses.rotation import quarter_turns
 from zoo.losses.shrink import shrink_loss, shrunk_space
@@ -30,6 +32,7 @@ from zoo.losses.weighted import weighted_mean
 from zoo.losses.worst_case import worst_case_loss
 
 __all__ = [
+    "Gaussian",
     "adjust_logits",
     "aggregate",
     "annealed_cross_entropy",
@@ -37,6 +40,8 @@ __all__ = [
     "blend",
     "boxes",
     "confidence_ramp",
+    "coral",
+    "covariance",
     "cutmix",
     "decoupled_binary_cross_entropy",
     "decoupled_cross_entropy",
@@ -54,11 +59,13 @@ __all__ = [
     "harden",
     "inner_products",
     "instance_similarity_loss",
+    "joint_mmd",
     "mean_of_kept",
     "memory_smoothing",
     "mix",
     "mixed_targets",
     "mixing_shares",
+    "mmd",
     "nearest_neighbor_loss",
     "pseudo_label_graph",
     "quarter_turns",
