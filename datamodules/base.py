@@ -309,7 +309,22 @@ class Data(LightningDataModule):
                         f"{self._owner}: split={self.split_path!r} divides {self.split.size} samples of "
                         f"{self.split.source}, but {self.source.name} has {len(labels)}"
                     )
+                self._compare_counts(self.split)
         return self.split
+
+    def _compare_counts(self, split: Split) -> None:
+        """A split that was read decides; what was asked for beside it must not say something else."""
+        per_class, total = getattr(self, "labels_per_class", None), getattr(self, "num_labels", None)
+        wanted = total if per_class is None else per_class * self.num_classes
+        labeled = split.parts.get("labeled")
+        if wanted is None or labeled is None or getattr(self, "imbalance", None) is not None:
+            return
+        if len(labeled) != wanted:
+            asked = f"num_labels={total}" if per_class is None else f"labels_per_class={per_class}"
+            raise UserError(
+                f"{self._owner}: split={self.split_path!r} has {len(labeled)} labelled samples, but {asked} asks for "
+                f"{wanted}; leave one of the two out"
+            )
 
     def hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Validation samples, stratified in proportion to the classes: (rest, held out), sorted indices."""

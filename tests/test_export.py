@@ -103,3 +103,11 @@ def test_main(method, tmp_path, capsys):
     assert "needs the shape" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "savde"), "--output", "x"]) == 2
     assert "Did you mean 'saved'" in capsys.readouterr().err
+
+
+def test_text_networks_go_by_safetensors(tmp_path):
+    text = partial(zoo.Network, backbone="bag_of_words", arguments={"vocabulary": 50, "width": 8})
+    made = zoo.Supervised(network=text, num_classes=2)
+    made.configure_model()
+    with pytest.raises(e.ExportError, match="a text network goes by safetensors"):
+        e.export(made, "torch_export", tmp_path, (1, 28, 28), True)

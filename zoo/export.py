@@ -58,6 +58,8 @@ def export(
         raise ExportError(f"export: format={format!r} must be one of {', '.join(FORMATS)}")
     if input_shape is None:
         raise ExportError(f"export: format={format!r} needs the shape of one image, such as --input 3,32,32")
+    if getattr(getattr(method.network, "backbone", None), "in_channels", 0) is None:
+        raise ExportError(f"export: format={format!r} is for networks of images; a text network goes by safetensors")
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise ExportError(f"export: input={tuple(input_shape)} must be channels, height, width, each at least 1")
     network = method.predictor.eval()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from zoo.core.backbones import create_backbone
+from zoo.core.errors import UserError
 from zoo.core.small import NAMES
 from zoo.core.weights import WeightsError
 
@@ -420,3 +421,9 @@ def test_open_clip(clip, tmp_path):
         create_backbone("open_clip:labelight-tiny", "pretrained")
     with pytest.raises(ValueError, match="in_channels=1"):
         create_backbone("open_clip:labelight-tiny", in_channels=1)
+
+
+@pytest.mark.parametrize("name", ["lenet", "torchvision:resnet18"])
+def test_arguments_that_a_network_has_not(name) -> None:
+    with pytest.raises(UserError, match="batch_norm"):
+        create_backbone(name, None, 3, None, {"batch_norm": True})

@@ -47,7 +47,7 @@ def test_weights_with_and_without_a_neck(tmp_path) -> None:
     again = necked(3, weights=str(with_neck))
     for name, value in load_file(with_neck).items():
         torch.testing.assert_close(again.state_dict()[name], value)
-    with pytest.raises(WeightsError, match="head of 3 outputs|neck|another kind"):
+    with pytest.raises(WeightsError, match="another backbone or neck"):
         small(3, weights=str(with_neck))
     only_backbone = necked(3, weights=str(without), weights_part="backbone")
     theirs = small(3, weights=str(without))

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import Blobs, Phrases, SemiSupervisedData, SupervisedData
 from datamodules.splits import Split
+from zoo.core.errors import UserError
 
 
 def split_of(kind=SemiSupervisedData, classes=10, samples=300, **arguments):
@@ -133,3 +134,12 @@ def test_a_model_is_chosen_without_the_test_set(tmp_path, make):
 def test_nothing_left_without_labels_is_said():
     with pytest.raises(ValueError, match="no samples are left for the role 'unlabeled'"):
         split_of(include_labeled=False)
+
+
+def test_a_split_and_a_count_that_contradict_it(tmp_path):
+    first = SemiSupervisedData(Blobs(num_classes=3, samples=60), labels_per_class=2, batch_size=4, val_size=0)
+    first.setup("fit")
+    path = str(first.split.save(tmp_path / "split.json"))
+    with pytest.raises(UserError, match="has 6 labelled samples, but labels_per_class=5 asks for 15"):
+        SemiSupervisedData(Blobs(num_classes=3, samples=60), labels_per_class=5, batch_size=4, split=path).setup("fit")
+    SemiSupervisedData(Blobs(num_classes=3, samples=60), num_labels=6, batch_size=4, split=path).setup("fit")

@@ -68,7 +68,7 @@ def test_the_policy_within_is_told_and_asked() -> None:
     policy.train()
     policy(torch.randn(4, 3), labeled=labels(1, 1, 1))
     assert not torch.equal(policy.policy.alignment.mean, torch.full((3,), 1 / 3))
-    assert policy.thresholds() is None or len(policy.thresholds()) == 3
+    assert policy.thresholds().tolist() == pytest.approx([0.95] * 3)
 
 
 def test_alignment_by_hand() -> None:
@@ -84,7 +84,7 @@ def test_alignment_by_hand() -> None:
 def test_alignment_limits(temperature, expected) -> None:
     alignment = TemperedAlignment(2, temperature=temperature)
     alignment.frequencies.counts = torch.tensor([16.0, 4.0])
-    alignment(torch.rand(3, 2).softmax(1))
+    alignment(torch.rand(3, 2).softmax(1), labeled=labels(0, 0))
     assert alignment.prior.tolist() == pytest.approx(expected)
 
 
@@ -93,7 +93,7 @@ def test_alignment_becomes_even_step_by_step() -> None:
     alignment.frequencies.counts = torch.tensor([16.0, 1.0])
     priors = []
     for _ in range(4):
-        alignment(torch.full((1, 2), 0.5))
+        alignment(torch.full((1, 2), 0.5), labeled=labels(0, 0))
         priors.append(alignment.prior[0].item())
     assert priors == pytest.approx([16 / 17, 4 / 5, 0.5, 0.5])
     before = alignment.state_dict()
@@ -129,3 +129,8 @@ def test_two_ranks_are_one_batch(on_ranks) -> None:
 def test_out_of_range(build, message) -> None:
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_tempered_alignment_needs_labels() -> None:
+    with pytest.raises(UserError, match="it needs labeled"):
+        TemperedAlignment(3).train()(torch.full((2, 3), 1 / 3))

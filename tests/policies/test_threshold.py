@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoo.core.errors import UserError
-from zoo.policies import MovingAlignment, Threshold
+from zoo.policies import DebiasedThreshold, MovingAlignment, Threshold
 
 
 def logits_of(*rows: list[float]) -> torch.Tensor:
@@ -77,3 +77,8 @@ def test_alignment_of_two_ranks_is_that_of_the_joint_batch(on_ranks) -> None:
 def test_bad_prior() -> None:
     with pytest.raises(UserError, match="must be 3 non-negative"):
         partial(MovingAlignment, prior=[0.5, 0.5])(3)
+
+
+def test_thresholds_are_those_of_every_class() -> None:
+    assert Threshold(3, threshold=0.5).thresholds().tolist() == [0.5] * 3
+    assert DebiasedThreshold(2, threshold=0.75).thresholds().tolist() == [0.75] * 2

@@ -418,6 +418,8 @@ def timm_backbone(name: str, own: bool, in_channels: int, size: int | None, argu
         if own or remote:
             raise unreachable(f"timm's {name}", error) from error
         raise
+    except TypeError as error:  # an argument that it has not, or of another type
+        raise UserError(f"backbone: {name}: arguments={arguments}: {error}") from error
     return TimmBackbone(model, in_channels)
 
 
@@ -438,6 +440,8 @@ def torchvision_backbone(
         model = models.get_model(name, weights="DEFAULT" if own else None, **arguments)
     except OSError as error:
         raise unreachable(f"torchvision's {name}", error) from error
+    except TypeError as error:
+        raise UserError(f"backbone: torchvision:{name}: arguments={arguments}: {error}") from error
     for auxiliary in ("AuxLogits", "aux1", "aux2"):
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)

@@ -52,6 +52,10 @@ class DebiasedThreshold(Policy):
         r""":math:`\lambda \log \hat q` (C,)."""
         return self.strength * self.marginal.clamp_min(1e-12).log()
 
+    def thresholds(self) -> Tensor:
+        """The same for every class (C,), of the debiased confidence."""
+        return torch.full_like(self.marginal, self.threshold)
+
     def forward(self, logits: Tensor, **evidence: Any) -> tuple[Tensor, Tensor]:
         """Targets (B,) and weights (B,) of 0 and 1."""
         plain = logits.detach().float()

@@ -100,7 +100,7 @@ class TemperedAlignment(MovingAlignment):
         momentum: of the moving mean :math:`\bar p`, in [0, 1).
 
     Raises:
-        UserError: if an argument is out of its range.
+        UserError: if an argument is out of its range; in training where no labeled samples are given.
 
     Source: Wei et al. 2021, arXiv 2102.09559, section 3.3 (CReST+).
     """
@@ -122,6 +122,8 @@ class TemperedAlignment(MovingAlignment):
     def forward(self, probabilities: Tensor, **evidence: Any) -> Tensor:
         """Aligned probabilities (B, C), rows summing to 1."""
         if self.training:
+            if evidence.get("labeled") is None:
+                raise UserError("TemperedAlignment: it needs labeled=(logits, labels) of the step")
             fallen = (self.steps / self.ramp_steps).clamp(max=1) if self.ramp_steps else 1.0
             tempered = self.frequencies(**evidence) ** (1 - (1 - self.temperature) * fallen)
             self.prior = tempered / tempered.sum()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.core.errors import UserError
@@ -46,8 +47,12 @@ class Threshold(Policy):
             raise UserError(f"Threshold: threshold={threshold} must lie in (0, 1]")
         if temperature <= 0.0:
             raise UserError(f"Threshold: temperature={temperature} must be positive")
-        self.threshold, self.temperature, self.soft = threshold, temperature, soft
+        self.num_classes, self.threshold, self.temperature, self.soft = num_classes, threshold, temperature, soft
         self.alignment = alignment(num_classes) if alignment else Alignment()
+
+    def thresholds(self) -> Tensor:
+        """The same for every class (C,)."""
+        return torch.full((self.num_classes,), self.threshold)
 
     def forward(self, logits: Tensor, **evidence: Any) -> tuple[Tensor, Tensor]:
         """Targets (B,) or (B, C), and weights (B,) of 0 and 1."""

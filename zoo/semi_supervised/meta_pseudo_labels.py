@@ -16,7 +16,7 @@ from zoo.core.card import Card
 from zoo.core.distributed import mean_across_ranks
 from zoo.core.errors import UserError
 from zoo.core.schedules import linear_ramp
-from zoo.optim.virtual import virtual_gradients
+from zoo.optim.virtual import averaged_gradients, virtual_gradients
 from zoo.policies import Policy, Threshold
 from zoo.semi_supervised.base import SemiSupervised
 
@@ -100,7 +100,7 @@ class MetaPseudoLabels(SemiSupervised):
         same random numbers, since rounding and other dropped units would move them further apart than the step does.
         """
         parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        gradients = virtual_gradients(loss, parameters, keep_graph=True)
+        gradients = averaged_gradients(virtual_gradients(loss, parameters, keep_graph=True))
         exact = torch.autocast(x.device.type, enabled=False)
         with torch.no_grad(), frozen_batch_norm(self.network), exact:
             moved = {name: parameters[name] - self.virtual_rate * gradient for name, gradient in gradients.items()}

@@ -38,7 +38,7 @@ class NoisyStudent(SelfTraining):
         family="semi_supervised",
         roles=("labeled", "unlabeled"),
     )
-    labeled_views: ClassVar[tuple[str, ...]] = ("image", "strong")
+    labeled_views: ClassVar[tuple[str, ...]] = ("strong",)
     labeled_view = "strong"
 
     def __init__(self, view: Literal["weak", "strong"] = "strong", **kwargs: Any) -> None:
