@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class SAM:
             gradients: by name, those of all ranks already averaged. Where all are 0, so is the perturbation.
             parameters: by name; needed by adaptive SAM alone.
         """
-        values = [gradient.detach() for gradient in gradients.values()]
+        values: Any = [gradient.detach() for gradient in gradients.values()]
         if not values:
             return {}
         if self.adaptive:
@@ -104,7 +105,8 @@ class SAM:
         """
         learning = {name: p for name, p in parameters.items() if p.requires_grad}
         steps = self.perturbation(averaged_gradients(virtual_gradients(loss, learning)), learning)
-        moved = torch._foreach_add([parameters[name] for name in steps], list(steps.values())) if steps else ()
+        deltas: Any = list(steps.values())
+        moved = torch._foreach_add([parameters[name] for name in steps], deltas) if steps else ()
         return {**parameters, **dict(zip(steps, moved, strict=True))}
 
     @contextmanager
@@ -120,11 +122,12 @@ class SAM:
         if gradients is None:
             gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         steps = self.perturbation(gradients, named)
-        moving = [named[name] for name in steps]
+        moving: Any = [named[name] for name in steps]
+        deltas: Any = list(steps.values())
         kept = [p.detach().clone() for p in moving]
         with torch.no_grad():
             if moving:
-                torch._foreach_add_(moving, list(steps.values()))
+                torch._foreach_add_(moving, deltas)
         try:
             with frozen_batch_norm(module):
                 yield
