@@ -281,8 +281,10 @@ def adapt(samples: Samples, size: int, channels: int) -> Samples:
     if isinstance(samples, TensorSamples):
         from datamodules.sources.digits import resize
 
-        images = Channels(channels)(resize(samples.images, size)).contiguous()
-        return TensorSamples(images, samples.labels, samples.ids, samples.columns)
+        images = resize(samples.images, size)
+        if images.shape[1] != channels:  # what has as many as it should need not be grey or RGB
+            images = Channels(channels)(images)
+        return TensorSamples(images.contiguous(), samples.labels, samples.ids, samples.columns)
     if isinstance(samples, FileSamples):
         return FileSamples(samples.paths, samples.labels, size, channels, samples.ids, samples.columns)
     return samples

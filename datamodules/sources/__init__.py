@@ -3,12 +3,14 @@
 from datamodules.sources.arrays import ArraySource
 from datamodules.sources.base import FileSamples, MissingData, Samples, Source, TensorSamples, TokenSamples
 from datamodules.sources.blobs import Blobs
+from datamodules.sources.colored import Colored
 from datamodules.sources.digits import MNIST5k, Optdigits
 from datamodules.sources.folders import FileList, ImageFolder
 from datamodules.sources.known import KnownClasses
 from datamodules.sources.merged import MergedClasses
 from datamodules.sources.noisy import NoisyLabels
 from datamodules.sources.phrases import Phrases
+from datamodules.sources.rotated import Rotated
 from datamodules.sources.sentiment import Sentiment
 from datamodules.sources.sub_pseudo_labels import SubPseudoLabels
 from datamodules.sources.text import TextSource, TextTable
@@ -21,6 +23,7 @@ __all__ = [
     "SVHN",
     "ArraySource",
     "Blobs",
+    "Colored",
     "FashionMNIST",
     "FileList",
     "FileSamples",
@@ -32,6 +35,7 @@ __all__ = [
     "NoisyLabels",
     "Optdigits",
     "Phrases",
+    "Rotated",
     "Samples",
     "Sentiment",
     "Source",
