@@ -19,6 +19,8 @@ from zoo.losses.entropy import entropy
 from zoo.losses.fairness import fairness_loss
 from zoo.losses.focal import focal_loss
 from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_label_graph
+from zoo.losses.head_gradients import head_gradient_moments, head_gradient_norms, logit_gradients
+from zoo.losses.inconsistency import gradient_size, gradient_variance_gap
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.mmd import Gaussian, joint_mmd, mmd
@@ -55,11 +57,16 @@ __all__ = [
     "entropy",
     "fairness_loss",
     "focal_loss",
+    "gradient_size",
+    "gradient_variance_gap",
     "graph_contrastive_loss",
     "harden",
+    "head_gradient_moments",
+    "head_gradient_norms",
     "inner_products",
     "instance_similarity_loss",
     "joint_mmd",
+    "logit_gradients",
     "mean_of_kept",
     "memory_smoothing",
     "mix",
