@@ -72,7 +72,7 @@ class _Files(Source):
         if self.skip_broken:
             self._find_broken(rows)
             return
-        paths = [path for part in rows.values() for path, _ in part]
+        paths = list(dict.fromkeys(path for part in rows.values() for path, _ in part))
         broken = unreadable_images(paths)
         if broken:
             first, reason = next(iter(broken.items()))
@@ -84,7 +84,7 @@ class _Files(Source):
 
     def _find_broken(self, rows: dict[str, list[tuple[str, int]]]) -> frozenset[str]:
         if self._broken is None:
-            paths = [path for part in rows.values() for path, _ in part]
+            paths = list(dict.fromkeys(path for part in rows.values() for path, _ in part))
             broken = unreadable_images(paths, decode=True)
             self._broken = frozenset(broken)
             if broken:
@@ -191,7 +191,7 @@ class ImageFolder(_Files):
         root = Path(self.root)
         if not root.is_dir():
             raise self._missing("does not exist")
-        return root / "train" if (root / "train").is_dir() else root
+        return root / "train" if (root / "train").is_dir() and not _is_class_train(root / "train") else root
 
     def _test_folder(self) -> Path | None:
         if self._train_folder() == Path(self.root):
@@ -228,8 +228,8 @@ class ImageFolder(_Files):
 class FileList(_Files):
     """Images named in a text file: lines ``path label`` (the last space divides), or a CSV with columns path and label.
 
-    Labels are class numbers from 0, or class names (numbered in sorted order); lists that count from 1 say
-    ``first_label: 1``. Further columns of a CSV are not looked at.
+    Labels are class numbers from 0, or class names (numbered in sorted order); lists that count from 1 are refused
+    until they say ``first_label: 1``. Further columns of a CSV are not looked at.
     Paths are relative to ``root``. An empty label or -1 means unlabelled.
 
     Args:
@@ -239,7 +239,8 @@ class FileList(_Files):
         size: height and width images are brought to.
         channels: 3 or 1.
         classes: names in the order of the class numbers; found from the lists if not given.
-        first_label: the number of the first class in the lists.
+        first_label: the number of the first class in the lists; 0 if not given, and then some label has to be 0 where
+            the classes are found from the lists.
         path_column: a CSV's column of paths.
         label_column: a CSV's column of labels.
         mean: per channel in 0..1; ImageNet's if not given.
@@ -259,7 +260,7 @@ class FileList(_Files):
         size: int = 224,
         channels: int = 3,
         classes: tuple[str, ...] | None = None,
-        first_label: int = 0,
+        first_label: int | None = None,
         path_column: str = "path",
         label_column: str = "label",
         mean: tuple[float, ...] | None = None,
@@ -273,7 +274,8 @@ class FileList(_Files):
         self.list_file = list_file
         self.test_list = test_list
         self.root = root
-        self.first_label = first_label
+        self.first_label = first_label or 0
+        self._counted_from_is_said = first_label is not None
         self.path_column = path_column
         self.label_column = label_column
         self._names = tuple(classes) if classes else None
@@ -285,7 +287,13 @@ class FileList(_Files):
         if self._names is None:
             found = {label for name in self._lists() for _, label in self._read(name) if label not in ("", "-1")}
             if all(_is_number(label) for label in found):
+                lowest = min((int(label) for label in found), default=0)
                 highest = max((int(label) for label in found), default=self.first_label - 1)
+                if lowest > 0 and not self._counted_from_is_said:
+                    raise UserError(
+                        f"FileList: the labels in {self.list_file} run from {lowest} to {highest}. If they count from "
+                        f"{lowest}, say first_label: {lowest}; if only the lower classes are absent, first_label: 0"
+                    )
                 self._names = tuple(str(label) for label in range(highest - self.first_label + 1))
             else:
                 self._names = tuple(sorted(found))
@@ -338,6 +346,10 @@ class FileList(_Files):
             raise MissingData(f"FileList: {self.list_file} names no labelled images")
         return rows
 
+    def _hint(self, label: str, number: int) -> str:
+        counts_from_one = label == str(number) and not self._counted_from_is_said
+        return "; a list that counts from 1 says first_label: 1" if counts_from_one else ""
+
     def _number(self, name: str) -> list[tuple[str, int]]:
         root = Path(self.root) if self.root is not None else Path(name).parent
         numbers = {label: number for number, label in enumerate(self.classes)}
@@ -350,7 +362,10 @@ class FileList(_Files):
             elif _is_number(label) and 0 <= int(label) - self.first_label < len(numbers):
                 number = int(label) - self.first_label
             else:
-                raise UserError(f"FileList: {name} gives {path!r} the label {label!r}, which is none of the classes")
+                raise UserError(
+                    f"FileList: {name} gives {path!r} the label {label!r}, which is none of the classes"
+                    f"{self._hint(label, len(numbers))}"
+                )
             rows.append((str(root / path), number))
         return rows
 
@@ -360,8 +375,18 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and path.name not in reserved
+        if path.is_dir() and not path.name.startswith(".") and (path.name not in reserved or _is_class_train(path))
     )
+
+
+def _is_class_train(folder: Path) -> bool:
+    """Whether a folder ``train`` shows trains, as in VisDA: it then holds images, and no folder of a class."""
+    for child in folder.iterdir() if folder.name == "train" else ():
+        if child.is_dir():
+            return False
+        if child.suffix.lower() in IMAGE_SUFFIXES:
+            return True
+    return False
 
 
 def _is_number(text: str) -> bool:
