@@ -118,7 +118,7 @@ def test_with_a_ratio_of_zero_it_is_fixmatch_with_alignment() -> None:
     fixmatch = method(
         FixMatch, policy=partial(Threshold, threshold=0.8, soft=True, alignment=partial(QueueAlignment, length=3))
     )
-    shrink.certain_ratio = torch.zeros(())
+    shrink.certain_ratio.value = torch.zeros(())
     for _ in range(3):
         losses = [m.training_step(b, 0) for m in (shrink, fixmatch)]
         torch.testing.assert_close(*losses)
@@ -133,7 +133,7 @@ def test_all_certain_shrinks_nothing() -> None:
     got = terms(made, batch())
     assert got["shrunk"].item() == 0
     assert got["unlabeled"] > 0
-    assert made.certain_ratio == 1
+    assert made.certain_ratio.value == 1
 
 
 def test_only_the_auxiliary_head_and_the_features_learn_from_shrunk_spaces() -> None:
@@ -166,27 +166,27 @@ def test_the_ratio_starts_at_the_first_share_and_moves_before_it_is_used() -> No
     seen = []
     for step, share in enumerate((0.5, 1.0, 0.0)):
         made.training_step(certain_share(share), step)
-        seen.append(made.certain_ratio.item())
+        seen.append(made.certain_ratio.value.item())
     assert seen == [0.5, 0.75, 0.375]
     made.training_step(certain_share(0.25), 0)  # a new epoch
-    assert made.certain_ratio.item() == (0.375 + 0.25) / 2
+    assert made.certain_ratio.value.item() == (0.375 + 0.25) / 2
     made.eval()
     made.training_step(certain_share(1.0), 1)
-    assert made.certain_ratio.item() == (0.375 + 0.25) / 2
+    assert made.certain_ratio.value.item() == (0.375 + 0.25) / 2
 
 
 def test_the_release_forgets_the_ratio_at_every_epoch() -> None:
     made = method(ratio_momentum=0.5, reset_each_epoch=True)
     for step, share in ((0, 0.5), (1, 1.0), (0, 0.25)):
         made.training_step(certain_share(share), step)
-    assert made.certain_ratio.item() == 0.25
+    assert made.certain_ratio.value.item() == 0.25
 
 
 def test_the_ratio_of_two_ranks_is_that_of_the_joint_batch(on_ranks) -> None:
     certain = torch.tensor([1.0, 1.0, 0.0, 1.0])
 
     def work(rank: int) -> Tensor:
-        return method().ratio(certain.chunk(2)[rank], first=True)
+        return method().certain_ratio(certain.chunk(2)[rank])
 
     assert [ratio.item() for ratio in on_ranks(work)] == [0.75, 0.75]
 
@@ -198,7 +198,7 @@ def test_state_survives_a_checkpoint() -> None:
     other.load_state_dict(made.state_dict())
     b = batch()
     assert torch.equal(made.training_step(b, 2), other.training_step(b, 2))
-    assert torch.equal(made.certain_ratio, other.certain_ratio)
+    assert torch.equal(made.certain_ratio.value, other.certain_ratio.value)
 
 
 def test_the_auxiliary_head_is_the_papers_and_may_be_another() -> None:

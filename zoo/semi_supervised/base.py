@@ -9,6 +9,7 @@ from torch import Tensor
 from zoo.core.criteria import Criterion, CrossEntropy, class_counts
 from zoo.core.errors import UserError, suggest
 from zoo.core.method import Method
+from zoo.core.parts import InParts
 from zoo.core.teachers import EMA
 from zoo.policies import Policy
 from zoo.semi_supervised.supervised import Supervised
@@ -148,35 +149,9 @@ class SemiSupervised(Method):
         )
 
 
-class TeacherStudent(SemiSupervised):
-    """Base of methods whose targets come from the average of the weights.
+class TeacherStudent(InParts, SemiSupervised):
+    """Base of methods whose targets come from the average of the weights, see :class:`~zoo.core.parts.InParts`."""
 
-    The step is cut in parts, so that a strategy such as :class:`~zoo.semi_supervised.fst.FST` can ask each by itself:
-    what the student says, what the teacher asks of it, and what is to be learned from the two.
-    """
-
-    def student(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, ...]:
-        """What the student makes of the batch, with a gradient."""
-        raise NotImplementedError
-
-    def targets(self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """What the teacher asks of it, without a gradient: targets (B,) or (B, C), and their weights (B,)."""
-        raise NotImplementedError
-
-    def losses(
-        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
-    ) -> dict[str, Tensor]:
-        """The loss terms by name: ``supervised``, and those that depend on the targets."""
-        raise NotImplementedError
-
-    def learn(
-        self, batch: dict[str, dict[str, Tensor]], outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """The loss of a step: the targets are shown, the terms summed and logged."""
+    def show(self, batch: dict[str, dict[str, Tensor]], targets: tuple[Tensor, Tensor]) -> None:
+        """See :meth:`SemiSupervised.watch`."""
         self.watch(batch["unlabeled"], *targets)
-        return self.report(**self.losses(batch, outputs, targets))
-
-    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        """The student learns what the teacher says."""
-        outputs = self.student(batch)
-        return self.learn(batch, outputs, self.targets(batch, outputs))

@@ -25,20 +25,44 @@ class AuxiliaryHead(Head):
     Args:
         in_features: D.
         num_outputs: C.
+        slope: of the ReLU where it is negative: 0.1 in the code for CIFAR, 0 in that for ImageNet.
     """
 
-    def __init__(self, in_features: int, num_outputs: int) -> None:
+    def __init__(self, in_features: int, num_outputs: int, slope: float = 0.1) -> None:
         super().__init__()
         width = max(in_features // 4, 1)
         self.layers = nn.Sequential(
-            *(nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.LeakyReLU(0.1)),
-            *(nn.Linear(width, width), nn.BatchNorm1d(width), nn.LeakyReLU(0.1)),
+            *(nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.LeakyReLU(slope)),
+            *(nn.Linear(width, width), nn.BatchNorm1d(width), nn.LeakyReLU(slope)),
             nn.Linear(width, num_outputs),
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
         return self.layers(features)
+
+
+class MovingShare(nn.Module):
+    r"""The moving average :math:`\bar r` of a share, over all ranks; the first one seen is where it starts.
+
+    Args:
+        momentum: in [0, 1].
+    """
+
+    value: Tensor
+
+    def __init__(self, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.tensor(-1.0))  # below 0: nothing seen
+
+    def forward(self, certain: Tensor, anew: bool = False) -> Tensor:
+        """The average with these samples (B,) of 0 and 1; ``anew`` forgets what was before. It moves in training."""
+        if self.training:
+            now = mean_across_ranks(certain.mean())
+            before = self.value - 2 if anew else self.value
+            self.value = torch.where(before < 0, now, torch.lerp(now, before, self.momentum))
+        return self.value
 
 
 class ShrinkMatch(SemiSupervised):
@@ -57,9 +81,9 @@ class ShrinkMatch(SemiSupervised):
     is used.
 
     The paper's three code bases differ. The defaults follow its CIFAR code; its STL-10 and SVHN code is
-    ``soft_targets=False, confidence_from="raw"`` with ``alignment=MovingAlignment``; its ImageNet code is SimMatch
-    with the term added to it, which is not here. The CIFAR code forgets :math:`\bar r` at the beginning of every epoch
-    (``reset_each_epoch=True``), and takes each process's own share.
+    ``soft_targets=False, confidence_from="raw"`` with ``alignment=MovingAlignment``; its ImageNet code is
+    :class:`~zoo.semi_supervised.shrink_simmatch.ShrinkSimMatch`. The CIFAR code forgets :math:`\bar r` at the beginning
+    of every epoch (``reset_each_epoch=True``), and takes each process's own share.
 
     Batch: ``labeled`` {image, label}, ``unlabeled`` {weak, strong, hidden_label (watched only)}.
 
@@ -88,7 +112,6 @@ class ShrinkMatch(SemiSupervised):
         family="semi_supervised",
         roles=("labeled", "unlabeled"),
     )
-    certain_ratio: Tensor
 
     def __init__(
         self,
@@ -125,7 +148,7 @@ class ShrinkMatch(SemiSupervised):
         super().build()
         self.auxiliary = self.auxiliary_recipe(self.network.num_features, self.num_classes)
         self.alignment = self.alignment_recipe(self.num_classes)
-        self.register_buffer("certain_ratio", torch.tensor(-1.0))  # below 0: nothing seen
+        self.certain_ratio = MovingShare(self.ratio_momentum)
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Fit the labels, the certain targets, and the uncertain ones among the classes that stay."""
@@ -143,7 +166,7 @@ class ShrinkMatch(SemiSupervised):
         fitted = cross_entropy(self.network.logits(strong), targets, reduction="none")
         space = shrunk_space(aligned if self.confidence_from == "aligned" else raw, self.threshold)
         shrunk = confidence * shrink_loss(self.auxiliary(strong), *space)
-        ratio = self.ratio(certain, first=batch_idx == 0)
+        ratio = self.certain_ratio(certain, anew=self.reset_each_epoch and batch_idx == 0)
         if self.logs_now:  # how many samples are used as well, in a space of their own
             in_use = (1 - certain) * (space[1].sum(dim=1) > 1)
             self.observe(certain_ratio=ratio, shrunk_ratio=in_use.mean())
@@ -152,11 +175,3 @@ class ShrinkMatch(SemiSupervised):
             unlabeled=self.unlabeled_weight * (certain * fitted).mean(),
             shrunk=self.unlabeled_weight * ratio * ((1 - certain) * shrunk).mean(),
         )
-
-    def ratio(self, certain: Tensor, first: bool) -> Tensor:
-        """The moving share of certain samples, with those of this step; ``first`` in an epoch."""
-        if self.training:
-            now = mean_across_ranks(certain.mean())
-            before = self.certain_ratio - 2 if first and self.reset_each_epoch else self.certain_ratio
-            self.certain_ratio = torch.where(before < 0, now, torch.lerp(now, before, self.ratio_momentum))
-        return self.certain_ratio

@@ -130,6 +130,11 @@ class SimMatch(SemiSupervised):
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Fit the labels, and the strong view to the weak view's classes and similarities."""
+        terms, *_ = self.terms(batch)
+        return self.report(**terms)
+
+    def terms(self, batch: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The terms of the loss, the features of the strong views (μB, D), and their targets (μB, C)."""
         if not self.bank.size:
             raise UserError("SimMatch: no labeled samples are known; train with a data module, or set bank_size")
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
@@ -152,11 +157,12 @@ class SimMatch(SemiSupervised):
         similar = normalize(self.projection(strong).float())
         instance = instance_similarity_loss(similar, memory, unfold(instances, aligned, labels), self.temperature)
         fitted = weights * cross_entropy(self.network.logits(strong), targets, reduction="none")
-        return self.report(
-            supervised=self.criterion(logits, labeled["label"]),
-            unlabeled=self.unlabeled_weight * fitted.mean(),
-            instance=self.instance_weight * full * instance,
-        )
+        terms = {
+            "supervised": self.criterion(logits, labeled["label"]),
+            "unlabeled": self.unlabeled_weight * fitted.mean(),
+            "instance": self.instance_weight * full * instance,
+        }
+        return terms, strong, targets
 
     def targeting(
         self, batch: dict[str, dict[str, Tensor]], features: Tensor, weak: list[Tensor]
