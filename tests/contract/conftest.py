@@ -79,8 +79,11 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
         config = yaml.safe_load(path.read_text())
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         for key in {"source", "target"} & data.keys():
-            data[key] = small_source(data[key], tmp_path)
-        data |= {"steps": 4, "batch_size": 8, "val_size": 20}
+            several = isinstance(data[key], list)
+            made = [small_source(source, tmp_path) for source in (data[key] if several else [data[key]])]
+            data[key] = made if several else made[0]
+        domains = len(data["source"]) if isinstance(data.get("source"), list) else 1
+        data |= {"steps": 4, "batch_size": 8 if domains == 1 else 2 * domains, "val_size": 20}
         data.pop("num_workers", None)
         if "num_labels" in data:
             data["num_labels"] = 200
