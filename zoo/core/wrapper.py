@@ -91,6 +91,16 @@ class Wrapper(Method):
         return self.method.unlabeled_views
 
     @property
+    def source_views(self) -> tuple[str, ...]:
+        """Those of the inner method."""
+        return self.method.source_views
+
+    @property
+    def target_views(self) -> tuple[str, ...]:
+        """Those of the inner method."""
+        return self.method.target_views
+
+    @property
     def watched(self) -> Any:
         """Where the inner method shows its targets."""
         return self.method.watched
