@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo import DANN, SourceOnly
+from zoo.core.errors import UserError
 from zoo.core.network import Network
 from zoo.domain_adaptation.discriminators import DomainDiscriminator
 from zoo.losses import domain_loss
@@ -175,8 +176,17 @@ def test_features_of_a_rate_of_their_own() -> None:
     assert rates == pytest.approx([0.01, 0.1])
 
 
+def test_constant_strength() -> None:
+    assert method(ramp_steps=0, max_reversal=0.3).reversal == 0.3
+
+
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="ramp_steps=0"):
-        method(ramp_steps=0)
-    with pytest.raises(ValueError, match="layers=0"):
+    for arguments, message in (
+        ({"ramp_steps": -1}, "ramp_steps=-1"),
+        ({"max_reversal": -0.1}, "max_reversal=-0.1"),
+        ({"domain_weight": -1.0}, "domain_weight=-1.0"),
+    ):
+        with pytest.raises(UserError, match=f"DANN: {message}"):
+            method(**arguments)
+    with pytest.raises(UserError, match="layers=0"):
         DomainDiscriminator(4, layers=0)

@@ -1,7 +1,10 @@
 """Losses as pure functions: shapes and equations are in their docstrings."""
 
-from zoo.losses.adversarial import domain_accuracy, domain_loss
+from zoo.losses.adversarial import domain_accuracy, domain_loss, entropy_weights, inverted_domain_loss
 from zoo.losses.annealing import annealed_cross_entropy, annealing_threshold, mean_of_kept
+from zoo.losses.class_balance import class_balance
+from zoo.losses.class_confusion import certainty_weights, class_confusion
+from zoo.losses.classifier_discrepancy import class_balance_loss, classifier_discrepancy
 from zoo.losses.confidence import confidence_ramp, harden, soft_cross_entropy
 from zoo.losses.coral import coral, covariance
 from zoo.losses.cutmix import blend, boxes, cutmix
@@ -17,18 +20,25 @@ from zoo.losses.dice import dice_loss, self_adjusting_dice_loss
 from zoo.losses.distillation import distillation_loss
 from zoo.losses.entropy import entropy
 from zoo.losses.fairness import fairness_loss
+from zoo.losses.feature_norm import feature_norms, hard_feature_norm, stepwise_feature_norm
 from zoo.losses.focal import focal_loss
+from zoo.losses.gradient_alignment import gradient_alignment
 from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_label_graph
 from zoo.losses.head_gradients import head_gradient_moments, head_gradient_norms, logit_gradients
 from zoo.losses.inconsistency import gradient_size, gradient_variance_gap
+from zoo.losses.information import information_maximization, marginal_entropy
+from zoo.losses.kernel_ridge import kernel_ridge, reverse_loss
 from zoo.losses.logit_adjustment import adjust_logits
+from zoo.losses.margin_disparity import margin_disparity_loss
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.mmd import Gaussian, joint_mmd, mmd
 from zoo.losses.nearest_neighbors import nearest_neighbor_loss
 from zoo.losses.rotation import quarter_turns
 from zoo.losses.shrink import shrink_loss, shrunk_space
 from zoo.losses.similarity import aggregate, inner_products, instance_similarity_loss, similarities, unfold
+from zoo.losses.spectral import spectral_penalty
 from zoo.losses.squared_error import squared_error
+from zoo.losses.tsallis import tsallis_confusion, tsallis_entropy
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
 from zoo.losses.weighted import weighted_mean
 from zoo.losses.worst_case import worst_case_loss
@@ -41,6 +51,11 @@ __all__ = [
     "annealing_threshold",
     "blend",
     "boxes",
+    "certainty_weights",
+    "class_balance_loss",
+    "class_balance",
+    "class_confusion",
+    "classifier_discrepancy",
     "confidence_ramp",
     "coral",
     "covariance",
@@ -55,18 +70,27 @@ __all__ = [
     "domain_accuracy",
     "domain_loss",
     "entropy",
+    "entropy_weights",
     "fairness_loss",
+    "feature_norms",
     "focal_loss",
+    "gradient_alignment",
     "gradient_size",
     "gradient_variance_gap",
     "graph_contrastive_loss",
+    "hard_feature_norm",
     "harden",
     "head_gradient_moments",
     "head_gradient_norms",
+    "information_maximization",
     "inner_products",
     "instance_similarity_loss",
+    "inverted_domain_loss",
     "joint_mmd",
+    "kernel_ridge",
     "logit_gradients",
+    "margin_disparity_loss",
+    "marginal_entropy",
     "mean_of_kept",
     "memory_smoothing",
     "mix",
@@ -77,13 +101,18 @@ __all__ = [
     "pseudo_label_graph",
     "quarter_turns",
     "rescale",
+    "reverse_loss",
     "self_adjusting_dice_loss",
     "sharpen",
     "shrink_loss",
     "shrunk_space",
     "similarities",
     "soft_cross_entropy",
+    "spectral_penalty",
     "squared_error",
+    "stepwise_feature_norm",
+    "tsallis_confusion",
+    "tsallis_entropy",
     "unfold",
     "virtual_adversarial_direction",
     "virtual_adversarial_loss",
