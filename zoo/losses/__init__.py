@@ -18,6 +18,16 @@ from zoo.losses.decoupled_mixup import (
 )
 from zoo.losses.dice import dice_loss, self_adjusting_dice_loss
 from zoo.losses.distillation import distillation_loss
+from zoo.losses.domain_means import (
+    cross_domain_partners,
+    domain_indicators,
+    domain_means,
+    domain_rows,
+    mean_over_domains,
+    mean_squared_difference,
+    pairwise_coral,
+    pairwise_mmd,
+)
 from zoo.losses.entropy import entropy
 from zoo.losses.fairness import fairness_loss
 from zoo.losses.feature_norm import feature_norms, hard_feature_norm, stepwise_feature_norm
@@ -27,6 +37,14 @@ from zoo.losses.graph import graph_contrastive_loss, memory_smoothing, pseudo_la
 from zoo.losses.head_gradients import head_gradient_moments, head_gradient_norms, logit_gradients
 from zoo.losses.inconsistency import gradient_size, gradient_variance_gap
 from zoo.losses.information import information_maximization, marginal_entropy
+from zoo.losses.invariance import (
+    gradient_variances,
+    irm_penalty,
+    risk_variance,
+    robust_weights,
+    scale_gradients,
+    variance_distance,
+)
 from zoo.losses.kernel_ridge import kernel_ridge, reverse_loss
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.margin_disparity import margin_disparity_loss
@@ -38,6 +56,7 @@ from zoo.losses.shrink import shrink_loss, shrunk_space
 from zoo.losses.similarity import aggregate, inner_products, instance_similarity_loss, similarities, unfold
 from zoo.losses.spectral import spectral_penalty
 from zoo.losses.squared_error import squared_error
+from zoo.losses.style import mix_styles
 from zoo.losses.tsallis import tsallis_confusion, tsallis_entropy
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
 from zoo.losses.weighted import weighted_mean
@@ -52,13 +71,14 @@ __all__ = [
     "blend",
     "boxes",
     "certainty_weights",
-    "class_balance_loss",
     "class_balance",
+    "class_balance_loss",
     "class_confusion",
     "classifier_discrepancy",
     "confidence_ramp",
     "coral",
     "covariance",
+    "cross_domain_partners",
     "cutmix",
     "decoupled_binary_cross_entropy",
     "decoupled_cross_entropy",
@@ -68,7 +88,10 @@ __all__ = [
     "distillation_loss",
     "divergence",
     "domain_accuracy",
+    "domain_indicators",
     "domain_loss",
+    "domain_means",
+    "domain_rows",
     "entropy",
     "entropy_weights",
     "fairness_loss",
@@ -77,6 +100,7 @@ __all__ = [
     "gradient_alignment",
     "gradient_size",
     "gradient_variance_gap",
+    "gradient_variances",
     "graph_contrastive_loss",
     "hard_feature_norm",
     "harden",
@@ -86,22 +110,31 @@ __all__ = [
     "inner_products",
     "instance_similarity_loss",
     "inverted_domain_loss",
+    "irm_penalty",
     "joint_mmd",
     "kernel_ridge",
     "logit_gradients",
     "margin_disparity_loss",
     "marginal_entropy",
     "mean_of_kept",
+    "mean_over_domains",
+    "mean_squared_difference",
     "memory_smoothing",
     "mix",
+    "mix_styles",
     "mixed_targets",
     "mixing_shares",
     "mmd",
     "nearest_neighbor_loss",
+    "pairwise_coral",
+    "pairwise_mmd",
     "pseudo_label_graph",
     "quarter_turns",
     "rescale",
     "reverse_loss",
+    "risk_variance",
+    "robust_weights",
+    "scale_gradients",
     "self_adjusting_dice_loss",
     "sharpen",
     "shrink_loss",
@@ -114,6 +147,7 @@ __all__ = [
     "tsallis_confusion",
     "tsallis_entropy",
     "unfold",
+    "variance_distance",
     "virtual_adversarial_direction",
     "virtual_adversarial_loss",
     "weighted_mean",
