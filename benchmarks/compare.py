@@ -24,6 +24,7 @@ COLUMNS = {
     "best on validation": "best/test/accuracy",
     "in use": "pseudo/utilization",
     "right": "pseudo/accuracy",
+    "not adapted": "unadapted/accuracy",
 }
 
 
@@ -111,23 +112,21 @@ def cell(values: list[float]) -> str:
 
 def table(arguments: argparse.Namespace, setting: str) -> str:
     """One row a config, the best ``last`` first, as Markdown."""
-    rows: list[tuple[float, str]] = []
+    measured: dict[str, list[dict[str, Any]]] = {}
     for config in arguments.configs:
-        found: list[dict[str, Any]] = []
-        for seed in arguments.seeds:
-            if (metrics := finished(folder_of(arguments.runs, setting, config, seed))) is not None:
-                found.append(metrics)
-        if not found:
-            continue
-        cells = [cell([m[key] for m in found if key in m]) for key in COLUMNS.values()]
+        runs = [finished(folder_of(arguments.runs, setting, config, seed)) for seed in arguments.seeds]
+        if found := [metrics for metrics in runs if metrics is not None]:
+            measured[config.stem] = found
+    columns = {
+        name: key for name, key in COLUMNS.items() if any(key in m for found in measured.values() for m in found)
+    }
+    rows: list[tuple[float, str]] = []
+    for stem, found in measured.items():
+        cells = [cell([m[key] for m in found if key in m]) for key in columns.values()]
         each = " ".join(f"{m[COLUMNS['last']]:.3f}".lstrip("0") for m in found)
-        rows.append(
-            (
-                statistics.mean(m[COLUMNS["last"]] for m in found),
-                f"| {config.stem} | {each} | " + " | ".join(cells) + " |",
-            )
-        )
-    head = ["config", "seeds", *COLUMNS]
+        mean = statistics.mean(m[COLUMNS["last"]] for m in found)
+        rows.append((mean, f"| {stem} | {each} | " + " | ".join(cells) + " |"))
+    head = ["config", "seeds", *columns]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(row for _, row in sorted(rows, reverse=True))]
     return "\n".join(lines)
 
