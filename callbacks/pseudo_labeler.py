@@ -36,6 +36,9 @@ class PseudoLabeler(Callback):
     neither see training views nor move the random state. Loggers are told ``round/selected``, the share of samples in
     use, and ``round/accuracy`` where the data module knows the truth, which neither the selection nor the method sees.
 
+    A method may label in a way of its own, from the whole set at once: its ``labeling_step(batch)`` then takes the place
+    of ``predict_step`` and gives further rows, and ``pseudo_labels(outputs)`` makes the probabilities (N, C) of them.
+
     The self-training loop that the survey describes (Amini et al. 2022, arXiv 2202.12040) is ``at_start=False``, a
     selection, ``hard``, ``keep``, ``restart`` and ``stop``. Curriculum labeling and noisy students make all labels
     anew in every round: ``keep=False``.
@@ -177,7 +180,9 @@ class PseudoLabeler(Callback):
             Whether any sample's weight or class is another than before.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        index, probabilities = predict(trainer, pl_module, _shared_out(data.pseudo_label_dataloader(), trainer))
+        index, outputs = predict(trainer, pl_module, _shared_out(data.pseudo_label_dataloader(), trainer))
+        own = getattr(pl_module, "pseudo_labels", None)
+        probabilities = own(outputs) if callable(own) else outputs["probabilities"]
         before, known = self.probabilities, self.weights if self.round else None
         if self.round and not torch.equal(index, self.index):  # type: ignore[arg-type]
             raise UserError("PseudoLabeler: the unlabelled set is not that of the earlier rounds")
@@ -281,8 +286,8 @@ class PseudoLabeler(Callback):
 
 
 @torch.no_grad()
-def predict(trainer: Trainer, module: LightningModule, loader: Any) -> tuple[Tensor, Tensor]:
-    """``predict_step`` over this rank's loader, gathered.
+def predict(trainer: Trainer, module: LightningModule, loader: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """``predict_step``, or the ``labeling_step`` of a module that has one, over this rank's loader, gathered.
 
     Args:
         trainer: a trainer inside ``fit``.
@@ -290,20 +295,23 @@ def predict(trainer: Trainer, module: LightningModule, loader: Any) -> tuple[Ten
         loader: flat evaluation batches with ``index``, shared out over the ranks (repeats do no harm).
 
     Returns:
-        index (N,) int64, sorted, and probabilities (N, C) float32, both on the CPU and equal on all ranks.
+        index (N,) int64, sorted, and what else the step gave, float32 of N rows, ``probabilities`` (N, C) among it. All
+        are on the CPU and equal on all ranks.
     """
     device = trainer.strategy.root_device
-    index, probabilities = [], []
+    own = getattr(module, "labeling_step", None)
+    rows: dict[str, list[Tensor]] = {}
     with _predicting(trainer, module), trainer.precision_plugin.predict_step_context():
         for number, batch in enumerate(loader):
             batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-            output = module.predict_step(trainer.strategy.batch_to_device(batch), number)
-            index.append(output["index"])
-            probabilities.append(output["probabilities"].float())
-    if not index:
+            output = (own or module.predict_step)(trainer.strategy.batch_to_device(batch), number)
+            for key in output if own else ("index", "probabilities"):
+                rows.setdefault(key, []).append(output[key] if key == "index" else output[key].float())
+    if not rows:
         raise UserError("PseudoLabeler: pseudo_label_dataloader() gave no batch; there is nothing to label")
-    rows = by_index(gather_rows(torch.cat(index), device), gather_rows(torch.cat(probabilities), device))
-    return rows[0], rows[1]
+    index = gather_rows(torch.cat(rows.pop("index")), device)
+    ordered, *columns = by_index(index, *(gather_rows(torch.cat(parts), device) for parts in rows.values()))
+    return ordered, dict(zip(rows, columns, strict=True))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class DomainData(PseudoLabels):
     callbacks last gave, see :class:`~datamodules.pseudo_labels.PseudoLabels`. Validation: ``val``, held-out labelled
     source samples, on which a model may be selected, and ``oracle``, held-out target samples, whose labels a real user
     would not have. Test: ``test``, the target's test set.
+
+    A method with ``source_views = ()`` learns without the source: nothing of it is then checked, fetched or loaded,
+    there is no role ``source`` and no ``val``. What is said of the source, its size and normalisation, still counts.
 
     Args:
         source: the labelled domain, or a list of them.
@@ -89,18 +93,27 @@ class DomainData(PseudoLabels):
         """``target``."""
         return "target"
 
+    @property
+    def source_free(self) -> bool:
+        """Whether the method at hand must not see the source."""
+        method = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        return getattr(method, "source_views", None) == ()
+
     def _sources(self) -> list[Source]:
         return [*self.sources, self.target]
 
     def prepare_data(self) -> None:
         """Check or fetch the data of every domain, then compare their classes."""
-        super().prepare_data()
+        for source in [self.target] if self.source_free else self._sources():
+            source.prepare()
         self._compare_classes()
 
     def setup(self, stage: str | None = None) -> None:
         """Load what the stage needs, and take up the views of the method that is to be trained now."""
         self._compare_classes()
         self._compare_vocabularies()
+        if stage in (None, "fit") and self._roles and ("source" in self._roles) == self.source_free:
+            self.split, self._roles = None, {}  # it has served a method of the other kind
         super().setup(stage)
         if stage in (None, "fit"):
             # one domain whose classes do not survive a mirror decides for all
@@ -155,7 +168,7 @@ class DomainData(PseudoLabels):
     def make_split(self, labels: Tensor) -> Split:
         """Validation of every domain: parts ``val 0`` .. of the sources, ``oracle`` of the target."""
         parts: dict[str, Tensor] = {}
-        for number, source in enumerate(self.sources):
+        for number, source in enumerate([] if self.source_free else self.sources):
             domain = self._train(source).labels
             rest, held = self._hold_out_of(domain, number)
             parts[f"source {number}"], parts[f"val {number}"] = rest[domain[rest] >= 0], held
@@ -164,17 +177,30 @@ class DomainData(PseudoLabels):
         return Split(parts, len(labels), self.seed, self.source.name, {"domains": self._domain_names()})
 
     def _domain_names(self) -> str:
-        return ", ".join(f"{source.name} ({len(self._train(source))})" for source in self._sources())
+        named = [self.target] if self.source_free else self._sources()
+        return ", ".join(f"{source.name} ({len(self._train(source))})" for source in named)
 
     def _divide(self) -> Split:
         fresh = self.split is None
-        split = super()._divide()
+        if fresh and self.source_free:
+            self.split = self._target_split()
+        split = super()._divide() if self.split is None else self.split
         if fresh and split.note.get("domains") != self._domain_names():
             raise UserError(
                 f"DomainData: split={self.split_path!r} divides {split.note.get('domains', 'no domains')}, "
                 f"not {self._domain_names()}"
             )
         return split
+
+    def _target_split(self) -> Split:
+        """That of the target alone, the same as beside the sources; from a file its part of one that has both."""
+        labels = self._train(self.target).labels
+        if self.split_path is None:
+            return replace(self.make_split(labels), source=self.target.name)
+        given = Split.load(self.split_path)
+        *_, last = given.note.get("domains", "").split(", ")
+        parts = {name: given[name] for name in ("target", "oracle")}
+        return Split(parts, len(labels), given.seed, self.target.name, {"domains": last})
 
     def _hold_out_of(self, labels: Tensor, domain: int, stratify: bool = True) -> tuple[Tensor, Tensor]:
         """(rest, held out) of a domain; without ``stratify`` the labels decide nothing."""
@@ -196,12 +222,12 @@ class DomainData(PseudoLabels):
         return rest.nonzero().flatten(), held
 
     def make_roles(self) -> dict[str, Role]:
-        """Two roles: ``source`` and ``target``."""
-        target = self._train(self.target).subset(self.parts["target"])
-        return {
-            "source": Role(self._joined("source"), self.batch_size, {}),
-            "target": Role(target, self.batch_size * self.target_ratio, {}, hidden=True),
-        }
+        """Two roles: ``source`` and ``target``; ``target`` alone for a method that learns without the source."""
+        samples = self._train(self.target).subset(self.parts["target"])
+        target = {"target": Role(samples, self.batch_size * self.target_ratio, {}, hidden=True)}
+        if self.source_free:
+            return target
+        return {"source": Role(self._joined("source"), self.batch_size, {}), **target}
 
     def _joined(self, part: str) -> Samples:
         """One part of all sources as one set; stable numbers go on from source to source."""
@@ -219,7 +245,8 @@ class DomainData(PseudoLabels):
         """``val`` and ``oracle``, or ``test``."""
         if stage == "test":
             return {"test": self._test(self.target)}
-        sets = {"val": self._joined("val"), "oracle": self._train(self.target).subset(self.parts["oracle"])}
+        sets = {} if self.source_free else {"val": self._joined("val")}
+        sets["oracle"] = self._train(self.target).subset(self.parts["oracle"])
         return {name: samples for name, samples in sets.items() if len(samples)}
 
     def prediction_set(self) -> Samples:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo.core.errors import UserError
 
-__all__ = ["MLP", "Cosine", "EquiangularBasis", "Head", "Linear", "NaiveBayes", "Prototypes"]
+__all__ = ["MLP", "Cosine", "EquiangularBasis", "Head", "Linear", "NaiveBayes", "Prototypes", "WeightNorm"]
 
 
 class Head(nn.Module):
@@ -64,6 +64,37 @@ class Cosine(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits (B, C)."""
         return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class WeightNorm(Head):
+    r"""Affine map whose rows have a direction and a length of their own.
+
+    .. math:: z_c = g_c \frac{v_c^\top f}{\lVert v_c \rVert} + b_c
+
+    Args:
+        in_features: D.
+        num_outputs: C.
+
+    Source: Salimans and Kingma 2016, arXiv 1602.07868, equation 2; the head of SHOT, arXiv 2002.08546.
+    """
+
+    def __init__(self, in_features: int, num_outputs: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(num_outputs, in_features))
+        self.length = nn.Parameter(torch.empty(num_outputs))
+        self.bias = nn.Parameter(torch.empty(num_outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw directions by Xavier's normal, as SHOT's code does, with the lengths that they have; no bias."""
+        nn.init.xavier_normal_(self.direction)
+        with torch.no_grad():
+            self.length.copy_(self.direction.norm(dim=1))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, C)."""
+        return F.linear(features, F.normalize(self.direction, dim=1) * self.length[:, None], self.bias)
 
 
 class MLP(Head):

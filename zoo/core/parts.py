@@ -24,9 +24,7 @@ class InParts(Method):
         """What the teacher asks of it, without a gradient: targets (B,) or (B, C), and their weights (B,)."""
         raise NotImplementedError
 
-    def losses(
-        self, batch: Batch, outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, outputs: tuple[Tensor, ...], targets: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The loss terms by name, among them those that depend on the targets."""
         raise NotImplementedError
 

@@ -1,0 +1,150 @@
+"""Do We Really Need to Access the Source Data? Source Hypothesis Transfer for Unsupervised Domain Adaptation (SHOT).
+
+Liang, Hu and Feng, ICML 2020, https://arxiv.org/abs/2002.08546
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from zoo.core.card import Card
+from zoo.core.distributed import gather_with_gradient
+from zoo.core.errors import UserError, suggest
+from zoo.core.method import Method
+from zoo.losses.information import information_maximization
+
+
+class SHOT(Method):
+    r"""A network trained on a source learns from an unlabelled target alone, behind its frozen head.
+
+    .. math:: L = \lambda \Big( \tfrac1B \sum_b H(p_b) - H(\bar p) \Big) + \beta \tfrac1B \sum_b H(\hat y_b, p_b)
+
+    Predictions become certain and diverse; the pseudo-labels :math:`\hat y` are those of the nearest class centroid
+    among the features of the whole target, see :func:`centroid_labels`. A ``PseudoLabeler`` among the callbacks makes
+    them, in evaluation mode, once an epoch, where the authors' 15 intervals of 15 epochs make them. The mean prediction
+    :math:`\bar p` is that of all ranks. No source is loaded.
+
+    Start from a network that :class:`~zoo.domain_adaptation.source_only.SourceOnly` has trained with
+    ``label_smoothing: 0.1``: ``network: {init_args: {weights: FILE}}``, with the same head, in the paper
+    :class:`~zoo.core.heads.WeightNorm`, and neck, :class:`~zoo.core.necks.Bottleneck` with ``relu: false``.
+
+    Batch: ``target`` {image, pseudo_label, pseudo_label_weight}.
+
+    Args:
+        information_weight: λ ≥ 0.
+        pseudo_label_weight: β ≥ 0; 0.3 for objects in the paper and code, 0.1 for digits.
+        diversity: whether H(p̄) counts; the code leaves it out where the target lacks classes.
+        epsilon: inside the logarithms, ≥ 0; 1e-5 in the code, 0 is exact.
+        distance: ``"cosine"`` or ``"euclidean"``, from features to centroids.
+        min_count: classes with so many samples or fewer have no centroid in a round; 0 in the code.
+        **kwargs: see :class:`~zoo.core.method.Method`; the code learns a pretrained backbone at a tenth of the rate.
+
+    Raises:
+        UserError: for an argument out of its range.
+
+    Source: Liang et al. 2020, arXiv 2002.08546, equations 3-7; labels as in the authors' code after June 2022.
+    """
+
+    card = Card(
+        title="Do We Really Need to Access the Source Data? Source Hypothesis Transfer",
+        year=2020,
+        paper="arXiv:2002.08546",
+        family="domain_adaptation",
+        roles=("target",),
+    )
+    source_views: ClassVar[tuple[str, ...]] = ()
+    target_views: ClassVar[tuple[str, ...]] = ("image",)
+
+    def __init__(
+        self,
+        information_weight: float = 1.0,
+        pseudo_label_weight: float = 0.3,
+        diversity: bool = True,
+        epsilon: float = 1e-5,
+        distance: Literal["cosine", "euclidean"] = "cosine",
+        min_count: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        weights = {"information_weight": information_weight, "pseudo_label_weight": pseudo_label_weight}
+        for argument, value in {**weights, "epsilon": epsilon, "min_count": min_count}.items():
+            if value < 0:
+                raise UserError(f"SHOT: {argument}={value} must not be negative")
+        if distance not in ("cosine", "euclidean"):
+            near = suggest(str(distance), ["cosine", "euclidean"])
+            raise UserError(f"SHOT: distance={distance!r} must be 'cosine' or 'euclidean'.{near}")
+        self.information_weight, self.pseudo_label_weight = information_weight, pseudo_label_weight
+        self.diversity, self.epsilon, self.distance, self.min_count = diversity, epsilon, distance, min_count
+
+    def build(self) -> None:
+        """The network, whose head stays what the source made it."""
+        super().build()
+        self.network.head.requires_grad_(False)
+
+    def on_train_start(self) -> None:
+        """Warn of a run that nobody gives pseudo-labels."""
+        super().on_train_start()
+        if self.pseudo_label_weight and not any(hasattr(callback, "relabel") for callback in self.trainer.callbacks):
+            rank_zero_warn("SHOT: without a PseudoLabeler among the callbacks there are no pseudo-labels to learn")
+
+    def labeling_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """What pseudo-labels are made of: ``probabilities`` (B, C) and ``features`` (B, D)."""
+        features = self.network.features(batch["image"])
+        probabilities = self.network.logits(features).float().softmax(dim=1)
+        return {"index": batch["index"], "probabilities": probabilities, "features": features}
+
+    def pseudo_labels(self, outputs: dict[str, Tensor]) -> Tensor:
+        """One-hot labels (N, C) of the whole target."""
+        labels = centroid_labels(outputs["features"], outputs["probabilities"], self.distance, self.min_count)
+        return one_hot(labels, self.num_classes).to(outputs["probabilities"].dtype)
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Be certain, be diverse, and agree with the centroids."""
+        target = batch["target"]
+        logits = self.network(target["image"])
+        information = information_maximization(gather_with_gradient(logits), self.epsilon, float(self.diversity))
+        losses = cross_entropy(logits, target["pseudo_label"].to(logits.dtype), reduction="none")
+        weights = target["pseudo_label_weight"]
+        return self.report(
+            information=self.information_weight * information,
+            pseudo_label=self.pseudo_label_weight * (weights * losses).mean(),
+        )
+
+
+def centroid_labels(
+    features: Tensor, probabilities: Tensor, distance: Literal["cosine", "euclidean"] = "cosine", min_count: int = 0
+) -> Tensor:
+    r"""The class of the nearest centroid, of samples that define the centroids themselves.
+
+    .. math:: c_k = \frac{\sum_i a_{ik} f_i}{\sum_i a_{ik}}, \qquad \hat y_i = \arg\min_k d(f_i, c_k)
+
+    twice: first with the probabilities as a, then with the labels found. A class that nobody predicts has no centroid.
+    For the cosine distance a 1 is appended to the features, which are then scaled to length 1, as in the code.
+
+    Args:
+        features: f (N, D).
+        probabilities: (N, C).
+        distance: d.
+        min_count: classes that as many samples or fewer are predicted to be of have no centroid.
+
+    Returns:
+        Labels (N,).
+
+    Source: Liang et al. 2020, arXiv 2002.08546, equations 4-6; ``obtain_label`` of the authors' code.
+    """
+    shares, labels, classes = probabilities, probabilities.argmax(dim=1), probabilities.shape[1]
+    if distance == "cosine":
+        features = normalize(torch.cat([features, features.new_ones(len(features), 1)], dim=1), dim=1)
+    for _ in range(2):
+        centroids = shares.T @ features / (shares.sum(dim=0)[:, None] + 1e-8)
+        if distance == "cosine":
+            away = -features @ normalize(centroids, dim=1).T
+        else:
+            away = torch.cdist(features, centroids)
+        counts = torch.bincount(labels, minlength=classes)
+        labels = away.masked_fill(counts <= min_count, torch.inf).argmin(dim=1)
+        shares = one_hot(labels, classes).to(features.dtype)
+    return labels
