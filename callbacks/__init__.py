@@ -1,6 +1,7 @@
 """What spans steps and belongs to no method: callbacks decide *when*."""
 
 from callbacks.baseline import SupervisedBaseline
+from callbacks.domain_pictures import DomainPictures
 from callbacks.ema_teacher import EMATeacher
 from callbacks.few_shot import FewShotEvaluation
 from callbacks.linear_evaluation import LinearEvaluation
@@ -11,8 +12,10 @@ from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.pseudo_labeler import PseudoLabeler
 from callbacks.run_summary import RunSummary
 from callbacks.throughput import Throughput
+from callbacks.transfer_validation import TransferValidation
 
 __all__ = [
+    "DomainPictures",
     "EMATeacher",
     "FewShotEvaluation",
     "LinearEvaluation",
@@ -25,4 +28,5 @@ __all__ = [
     "RunSummary",
     "SupervisedBaseline",
     "Throughput",
+    "TransferValidation",
 ]

@@ -82,14 +82,23 @@ class SupervisedBaseline(Callback):
                     callbacks=[EMATeacher()],
                 )
                 short.fit(baseline, datamodule=_Part(data, roles))
-            self.results = {"method": method, "baseline": evaluate(trainer, baseline)}
+            self.results = {"method": method, "baseline": evaluate(trainer, baseline, "baseline")}
 
 
-def evaluate(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """Test metrics of a module on a finished run's data module, by a trainer of its own. Single process only."""
+def evaluate(trainer: Trainer, module: LightningModule, weights: str = "last") -> dict[str, float]:
+    """Test metrics of a module on a finished run's data module, by a trainer of its own. Single process only.
+
+    Args:
+        trainer: of the run.
+        module: to be tested.
+        weights: which ones it has, for callbacks that write files at a test and have the attribute ``weights``.
+    """
     with _borrowed(trainer, module) as data:
         # Callbacks that measure something at every test of this run say so by this attribute.
         more = [c for c in trainer.callbacks if getattr(c, "measures_tests", False)]  # type: ignore[attr-defined]
+        for callback in more:
+            if hasattr(callback, "weights"):
+                callback.weights = weights
         tester = quiet_trainer(trainer, callbacks=more)
         tester.test(module, datamodule=_Part(data, ()), verbose=False)
         return {name: float(value) for name, value in tester.callback_metrics.items()}
@@ -134,6 +143,12 @@ class _Part(LightningDataModule):
         super().__init__()
         self.data = data
         self.names = roles
+
+    def __getattr__(self, name: str) -> Any:
+        """What a method asks its data for besides: that of the whole."""
+        if name.startswith("_") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
 
     @property
     def num_classes(self) -> int | None:

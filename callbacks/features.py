@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,8 +43,52 @@ def check_source(owner: str, source: Source, trainer: Trainer) -> None:
         )
 
 
+def network_of(module: LightningModule) -> Any:
+    """The network that a method is evaluated with.
+
+    Raises:
+        UserError: where it has no features.
+    """
+    predictor: Any = module.predictor
+    network = getattr(predictor, "module", predictor)  # an average holds its network
+    if not callable(getattr(network, "features", None)):
+        raise UserError(f"{type(module).__name__}: {type(network).__name__} has no features()")
+    return network
+
+
 @torch.no_grad()
-def features_of(trainer: Trainer, module: LightningModule, samples: Samples) -> tuple[Tensor, Tensor]:
+def outputs_of(trainer: Trainer, loader: Any, call: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers (B,) of the samples of a loader, and what ``call`` makes of their inputs, (B, ...), batch by batch.
+
+    Args:
+        trainer: in a loop.
+        loader: batches {image, index, ...}, shared out over the ranks.
+        call: a network, its ``features``, or a method.
+    """
+    for batch in loader:
+        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        with trainer.precision_plugin.forward_context():
+            made = call(batch["image"])
+        yield batch["index"], made
+
+
+def rows_of(trainer: Trainer, loader: Any, call: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    """Numbers (N,) of all samples, ascending, and their outputs (N, ...) float32, on the CPU, equal on all ranks."""
+    index, outputs = zip(*((i, made.float()) for i, made in outputs_of(trainer, loader, call)), strict=True)
+    device = trainer.strategy.root_device
+    rows = by_index(gather_rows(torch.cat(index), device), gather_rows(torch.cat(outputs), device))
+    return rows[0], rows[1]
+
+
+def loader_of(trainer: Trainer, samples: Any) -> Loader:
+    """Any samples once, in order, shared out over the ranks."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return Loader(samples, EvalSampler(samples, getattr(data, "eval_batch_size", 256)))
+
+
+def features_of(
+    trainer: Trainer, module: LightningModule, samples: Samples, network: Any | None = None
+) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,), on the CPU, in the samples' order, equal on all ranks.
 
     Inside a test or validation loop of ``trainer``; the ranks share the samples out.
@@ -52,24 +97,18 @@ def features_of(trainer: Trainer, module: LightningModule, samples: Samples) -> 
         trainer: in a loop.
         module: a method with a ``predictor`` that has ``features``.
         samples: any labelled samples that look like the data's.
+        network: another network than the method's predictor.
 
     Raises:
         UserError: where the network has no features.
     """
-    predictor: Any = module.predictor
-    network = getattr(predictor, "module", predictor)  # an average holds its network
-    if not callable(getattr(network, "features", None)):
-        raise UserError(f"{type(module).__name__}: {type(network).__name__} has no features()")
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    loader = Loader(samples, EvalSampler(samples, getattr(data, "eval_batch_size", 256)))  # type: ignore[arg-type]
-    index, label, features = [], [], []
-    for batch in loader:
-        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-        with trainer.precision_plugin.forward_context():
-            features.append(network.features(batch["image"]).float())
-        index.append(batch["index"])
-        label.append(batch["label"])
-    device = trainer.strategy.root_device
-    rows = by_index(*(gather_rows(torch.cat(part), device) for part in (index, label, features)))
-    order = torch.searchsorted(rows[0], samples.ids)
-    return rows[2][order], rows[1][order]
+    network = network_of(module) if network is None else network
+    index, features = rows_of(trainer, loader_of(trainer, samples), network.features)
+    return features[torch.searchsorted(index, samples.ids)], samples.labels
+
+
+def evenly(count: int, at_most: int | None) -> Tensor:
+    """At most so many of ``count`` positions, at equal distances: the same at every call."""
+    if at_most is None or count <= at_most:
+        return torch.arange(count)
+    return torch.arange(at_most) * count // at_most

@@ -42,6 +42,7 @@ def draw(
     classes: Sequence[str] | None,
     title: str,
     diagnostics: PseudoLabelDiagnostics | None = None,
+    selected: Mapping[str, Any] | None = None,
 ) -> Figure:
     """The picture of a run.
 
@@ -51,6 +52,7 @@ def draw(
         classes: their names.
         title: of the whole.
         diagnostics: what is known of pseudo-labels; without it, or without anything in it, there are no panels of them.
+        selected: ``step`` and ``monitor`` of the checkpoint that was chosen: a line among the evaluations.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,6 +75,9 @@ def draw(
     shares = {name: curve for name, curve in curves.items() if name.startswith(("val/", "oracle/"))}
     shares |= {name: curve for name, curve in training.items() if name not in losses and watched is None}
     _lines(axes["losses"], losses, "training")
+    if shares and selected:
+        label = f"selected by {selected['monitor']}"
+        axes["evaluation"].axvline(selected["step"], color="grey", linestyle=":", linewidth=1.5, label=label)
     _lines(axes["evaluation"], shares, "evaluation")
     _confusion(axes["confusion"], counts, classes)
     _reliability(axes["reliability"], counts)
@@ -92,8 +97,8 @@ def draw(
     return figure
 
 
-def show(figure: Figure, loggers: Iterable[Any], step: int) -> None:
-    """Hand the picture to those loggers that take pictures: TensorBoard and W&B."""
+def show(figure: Figure, loggers: Iterable[Any], step: int, name: str = "summary") -> None:
+    """Hand the picture to those loggers that take pictures, under this name: TensorBoard and W&B."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     wanted = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger)]
@@ -105,9 +110,9 @@ def show(figure: Figure, loggers: Iterable[Any], step: int) -> None:
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
     for logger in wanted:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("summary", pixels, step, dataformats="HWC")
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
         else:
-            logger.log_image("summary", [pixels])
+            logger.log_image(name, [pixels])
 
 
 def _is_share(name: str) -> bool:

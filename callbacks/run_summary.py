@@ -32,9 +32,11 @@ class RunSummary(Callback):
     """Writes ``metrics.json`` and ``summary.png`` into the run folder and prints a table at the end.
 
     ``metrics.json`` holds ``metrics`` (name → last value; the best of every validation metric as ``best/val/…``;
-    what the test says of the checkpoint that was best on validation as ``best/test/…``; a baseline's as
-    ``baseline/…``; the last pseudo-labels' as ``pseudo/…``), ``best`` (with step and epoch), ``best_checkpoint``,
-    ``pseudo_labels`` (per class), ``throughput``, ``steps``, ``epochs``, ``seed``, ``duration_seconds``,
+    what the test says of the checkpoint that was selected, best by the metric that ``best_checkpoint`` names as
+    ``monitor``, as ``best/test/…``, and as ``oracle/best/test/…`` where that metric knew labels which a user would not
+    have; a baseline's as ``baseline/…``; the last pseudo-labels' as ``pseudo/…``), ``best`` (with step and epoch),
+    ``best_checkpoint``, ``pseudo_labels`` (per class), ``domains`` (of a :class:`~callbacks.DomainPictures`),
+    ``throughput``, ``steps``, ``epochs``, ``seed``, ``duration_seconds``,
     ``checkpoint``, ``environment``. A test adds its metrics to the file of the fit.
     ``summary.png`` shows the losses, the evaluation metrics, and of the last validation (or test) the confusion matrix
     and the reliability diagram; these two are collected as counts while the method evaluates, without another forward.
@@ -43,8 +45,8 @@ class RunSummary(Callback):
 
     Args:
         test_after_fit: when training has ended (one process only), evaluate on the test set the last weights, and those
-            of the checkpoint that was best on validation where there is one and it is not the last. It was chosen by
-            the validation's samples alone.
+            of the checkpoint that was selected where there is one and it is not the last. The table says by which
+            metric; one that knows labels of the target (``oracle/…``) only where it was asked for.
         baseline: ``metrics.json`` of another run to show beside this one.
         picture: write ``summary.png``.
         table: print the table.
@@ -61,6 +63,7 @@ class RunSummary(Callback):
         self.picture = picture
         self.table = table
         self.best: dict[str, dict[str, float]] = {}
+        self.beside: dict[str, dict[str, float]] = {}  # every metric at the step where this one was best
         self.counts: Counts | None = None
         self._compared: dict[str, float] = {}
         self._tested: dict[str, float] = {}
@@ -116,13 +119,13 @@ class RunSummary(Callback):
         if trainer.sanity_checking:
             self.counts = None
             return
-        for name, value in _numbers(trainer.callback_metrics).items():
-            if name.startswith("train/"):
-                continue
+        measured = {k: v for k, v in _numbers(trainer.callback_metrics).items() if not k.startswith("train/")}
+        for name, value in measured.items():
             known = self.best.get(name)
             sign = -1 if any(word in name for word in _LOWER_IS_BETTER) else 1
             if known is None or sign * value > sign * known["value"]:
                 self.best[name] = {"value": value, "step": trainer.global_step, "epoch": trainer.current_epoch}
+                self.beside[name] = measured
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -154,7 +157,7 @@ class RunSummary(Callback):
             self.counts.reduce()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test the last weights, if asked and not done by the baseline, and the best ones."""
+        """Test the last weights, if asked and not done by the baseline, and the selected ones."""
         if not self.test_after_fit or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.world_size > 1:
@@ -165,7 +168,7 @@ class RunSummary(Callback):
         self._best_checkpoint = best_checkpoint(trainer)
         if self._best_checkpoint and self._best_checkpoint["step"] != trainer.global_step:
             with weights_of(self._best_checkpoint["path"], pl_module):
-                self._best_tested = evaluate(trainer, pl_module)
+                self._best_tested = evaluate(trainer, pl_module, "selected")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write and print, after every other callback's end."""
@@ -185,6 +188,7 @@ class RunSummary(Callback):
                 getattr(getattr(trainer, "datamodule", None), "classes", None),
                 self._title(pl_module),
                 _diagnostics(trainer) if stage == "fit" else None,
+                self._best_checkpoint if stage == "fit" else None,
             )
             write_atomically(self._folder / "summary.png", lambda path: figure.savefig(path, dpi=110))
             show(figure, trainer.loggers, trainer.global_step)
@@ -203,6 +207,8 @@ class RunSummary(Callback):
             except ValueError:
                 found = {}
         metrics = {**found.get("metrics", {}), **_numbers(trainer.callback_metrics)}
+        if domains := next(filter(None, (getattr(c, "domain_reports", None) for c in _callbacks(trainer))), None):
+            found["domains"] = {**found.get("domains", {}), **domains}
         if stage != "fit":
             found["metrics"] = metrics
             found[f"{stage}ed"] = {"checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None}
@@ -222,7 +228,8 @@ class RunSummary(Callback):
             found["baseline"] = {"file": self.baseline}
         if self._best_checkpoint:
             last = self._tested if baseline is None else baseline.results.get("method", {})
-            metrics.update({f"best/{name}": value for name, value in (self._best_tested or last).items()})
+            prefix = "oracle/best/" if self._best_checkpoint["oracle"] else "best/"
+            metrics.update({prefix + name: value for name, value in (self._best_tested or last).items()})
             found["best_checkpoint"] = self._best_checkpoint
         diagnostics = _diagnostics(trainer)
         if diagnostics is not None and diagnostics.values:
@@ -263,14 +270,17 @@ class RunSummary(Callback):
         shown = [name for name in metrics if _shown(name, metrics)]
         shown.sort(key=lambda name: next((i for i, group in enumerate(groups) if name.startswith(group)), len(groups)))
         others = {name.removeprefix("baseline/"): v for name, v in metrics.items() if name.startswith("baseline/")}
-        best = {name: metrics[f"best/{name}"] for name in shown if f"best/{name}" in metrics}
-        if all(value == metrics[name] for name, value in best.items()):
+        chosen = found.get("best_checkpoint") or {}
+        best = self._selected(found)
+        if all(value == metrics.get(name) for name, value in best.items()):
             best = {}
         table = Table(title=self._title(pl_module), title_justify="left", show_header=bool(others or best))
         table.add_column("")
-        table.add_column(type(pl_module).__name__, overflow="fold")
+        table.add_column(
+            type(pl_module).__name__ + (", last" if best and chosen and stage == "fit" else ""), overflow="fold"
+        )
         if best:
-            table.add_column("best on validation")
+            table.add_column(f"selected by {chosen['monitor']}" if chosen else "best of each", overflow="fold")
         if others:
             steps = found.get("baseline", {}).get("steps")
             table.add_column("baseline, same labels" + (f", {steps} steps" if steps else ""), overflow="fold")
@@ -294,7 +304,11 @@ class RunSummary(Callback):
         checkpoints = found.get("checkpoint") or {}
         for name, path in checkpoints.items():
             console.print(f"{name} checkpoint  {_shorten(Path(path))}", **plain)
-        for name in ("config.yaml", "metrics.json", "metrics.csv", "summary.png"):
+        if chosen and stage == "fit":
+            where = "the last weights" if chosen["step"] == trainer.global_step else f"epoch {chosen['epoch'] + 1}"
+            aloud = ", which knows labels of the target that a user would not have" if chosen["oracle"] else ""
+            console.print(f"selected         {where}, by {chosen['monitor']}{aloud}", **plain)
+        for name in ("config.yaml", "metrics.json", "metrics.csv", "summary.png", "domains.png"):
             if (self._folder / name).is_file():
                 console.print(f"{name.ljust(15)}  {folder / name}", **plain)
         checkpoint = checkpoints.get("last") or checkpoints.get("best")
@@ -302,15 +316,26 @@ class RunSummary(Callback):
             path = _shorten(Path(checkpoint))
             console.print(f"repeat the test  zoo test --config {folder / 'config.yaml'} --ckpt_path {path}", **plain)
 
+    def _selected(self, found: dict[str, Any]) -> dict[str, float]:
+        """What was measured of the selected checkpoint; without one, the best value of every metric."""
+        metrics, chosen, best = found["metrics"], found.get("best_checkpoint"), found.get("best", {})
+        if not chosen:
+            return {name: metrics[f"best/{name}"] for name in metrics if f"best/{name}" in metrics}
+        prefix = "oracle/best/" if chosen.get("oracle") else "best/"
+        tested = {n: metrics[prefix + n] for n in metrics if prefix + n in metrics and n not in best}
+        known = self.best.get(chosen["monitor"], {}).get("step") == chosen["step"]
+        return {**(self.beside.get(chosen["monitor"], {}) if known else {}), **tested}
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The best values so far and the time spent."""
-        return {"best": self.best, "seconds": self._seconds()}
+        return {"best": self.best, "beside": self.beside, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.best, self._earlier = state_dict["best"], state_dict["seconds"]
+        self.beside = dict(state_dict.get("beside", {}))
 
 
 class Counts:
@@ -373,24 +398,31 @@ def _diagnostics(trainer: Trainer) -> PseudoLabelDiagnostics | None:
 
 
 def best_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """``path``, ``step`` and ``epoch`` of the checkpoint that was best by a validation metric (``monitor``, ``value``).
+    """``path``, ``step`` and ``epoch`` of the checkpoint that was best by a metric (``monitor``, ``value``).
 
-    Empty where there is none; one that was chosen by labels which a user would not have (``oracle/…``) does not count.
+    ``oracle`` says whether that metric knew labels which a user would not have; only somebody who names it as a monitor
+    gets such a checkpoint, and one that was chosen without them goes first. Empty where there is none.
     """
+    found: dict[str, Any] = {}
     for callback in trainer.checkpoint_callbacks:
         path, monitor = getattr(callback, "best_model_path", ""), getattr(callback, "monitor", None)
-        if not path or not Path(path).is_file() or not monitor or monitor.startswith(("oracle", "test", "train")):
+        if not path or not Path(path).is_file() or not monitor or monitor.startswith(("test", "train")):
+            continue
+        oracle = monitor.startswith("oracle")
+        if found and oracle:
             continue
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         score = getattr(callback, "best_model_score", None)
-        return {
-            "path": str(path),
-            "step": int(content["global_step"]),
-            "epoch": int(content["epoch"]),
-            "monitor": monitor,
-            "value": None if score is None else float(score),
-        }
-    return {}
+        if not found or found["oracle"]:
+            found = {
+                "path": str(path),
+                "step": int(content["global_step"]),
+                "epoch": int(content["epoch"]),
+                "monitor": monitor,
+                "value": None if score is None else float(score),
+                "oracle": oracle,
+            }
+    return found
 
 
 @contextmanager
@@ -410,7 +442,7 @@ def _numbers(values: Any) -> dict[str, float]:
 
 def _shown(name: str, metrics: dict[str, float]) -> bool:
     """Whether the table has a row for it: what the last steps say about pseudo-labels only where no report does."""
-    if name.startswith(("best/", "baseline/")):
+    if name.startswith(("best/", "oracle/best/", "baseline/")):
         return False
     if name.startswith("pseudo/"):
         return name in ("pseudo/utilization", "pseudo/accuracy")

@@ -15,8 +15,8 @@ from datamodules.sources.base import Samples
 from zoo.core.errors import UserError
 
 
-class _Unlabeled(Dataset):
-    """What a labeller may see of samples: no label, no view, no column."""
+class Unlabeled(Dataset):
+    """What may be seen of samples whose labels are hidden: no label, no view, no column."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -59,7 +59,7 @@ class PseudoLabels(Data):
         """
         role = self._needed_role()
         samples = self.roles[role].samples
-        return self._loader(_Unlabeled(samples), EvalSampler(samples, self.eval_batch_size, **self._replicas()))
+        return self._loader(Unlabeled(samples), EvalSampler(samples, self.eval_batch_size, **self._replicas()))
 
     def set_pseudo_labels(self, index: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> None:
         """Labels for the batches to come, in place of all earlier ones.

@@ -25,7 +25,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks
 import zoo
+from callbacks.transfer_validation import sees_target
 from datamodules.base import Data
+from datamodules.domains import DomainData
 from zoo import catalog, run_folder
 from zoo.core.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
 from zoo.core.errors import UserError, suggest
@@ -218,10 +220,20 @@ class ZooCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:  # no such strategy, no such device, ...
             raise UserError(f"trainer: {error}") from error
 
+    def _domain_callbacks(self) -> Iterator[str]:
+        """Where there are domains: their pictures, and validators for a method that sees the target in training."""
+        if not isinstance(self.datamodule, DomainData):
+            return
+        adapts = "target" in getattr(getattr(self.model, "card", None), "roles", ()) and sees_target(self.datamodule)
+        if adapts and self.subcommand in ("fit", "validate"):
+            yield "TransferValidation"
+        if self.subcommand in ("fit", "test"):
+            yield "DomainPictures"
+
     def _default_callbacks(self, named: list[Callback], config: dict[str, Any]) -> Iterator[Callback]:
         """The callbacks of every run, where the config names none of that class."""
-        names = [*DEFAULT_CALLBACKS, "PredictionWriter"] if self.subcommand == "predict" else DEFAULT_CALLBACKS
-        for name in names:
+        more = ["PredictionWriter"] if self.subcommand == "predict" else self._domain_callbacks()
+        for name in (*DEFAULT_CALLBACKS, *more):
             kind = getattr(callbacks, name)
             if not any(isinstance(callback, kind) for callback in named):
                 yield kind()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from zoo.core.errors import UserError
 
+DEFAULT_MONITORS = ("validator/information_maximization", "val/accuracy", "val/miou")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write beside the target, flush to the disk, then rename over it.
@@ -62,7 +64,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: the folder; None is ``checkpoints`` in the run folder.
-        monitor: the metrics to choose by: the first one that the validation logs.
+        monitor: the metrics to choose by: the first one that the validation logs. By default what the target looks
+            like without its labels (``validator/information_maximization``), where a callback says so, else the
+            accuracy or the mean intersection over union of ``val``. What is named ``oracle/…`` knows labels that a user
+            would not have; it is chosen by only where it is named here.
         mode: ``"max"`` or ``"min"``.
         every_n_epochs: how often ``last`` and ``best`` are considered.
         every_n_steps: write ``last`` also within an epoch, every so many optimizer steps.
@@ -81,7 +86,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"RunCheckpoint: every_n_steps={every_n_steps} must be at least 1, or null")
-        names = [monitor] if isinstance(monitor, str) else (monitor or ["val/accuracy", "val/miou"])
+        names = [monitor] if isinstance(monitor, str) else list(monitor or DEFAULT_MONITORS)
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -94,6 +99,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.names = names
+        self._scored_by: str | None = None  # what `best_model_score` is a value of
         self._every_n_train_steps = every_n_steps or 0  # Lightning's name, which NonFiniteGuard looks at
 
     @property
@@ -103,8 +109,18 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self.monitor = next((name for name in self.names if name in monitor_candidates), self.names[0])
-        if self.monitor in monitor_candidates:
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self.monitor not in monitor_candidates:
+            return
+        if self._scored_by not in (None, self.monitor):  # values of two metrics say nothing of each other
+            self.best_k_models, self.best_model_score, self.kth_best_model_path = {}, None, ""
+        self._scored_by = self.monitor
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing, unless the validation measures something else now."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("best_model_score") is not None:
+            self._scored_by = state_dict.get("monitor")
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether this step is one of ``every_n_steps``."""
