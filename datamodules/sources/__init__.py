@@ -5,25 +5,49 @@ from datamodules.sources.base import FileSamples, MissingData, Samples, Source, 
 from datamodules.sources.blobs import Blobs
 from datamodules.sources.colored import Colored
 from datamodules.sources.digits import MNIST5k, Optdigits
+from datamodules.sources.domain_files import DomainFolders, DomainLists
+from datamodules.sources.domain_sets import (
+    PACS,
+    VLCS,
+    DomainNet,
+    DomainNet126,
+    Office31,
+    OfficeHome,
+    TerraIncognita,
+    VisDA2017,
+)
 from datamodules.sources.folders import FileList, ImageFolder
 from datamodules.sources.known import KnownClasses
 from datamodules.sources.merged import MergedClasses
+from datamodules.sources.mnist_m import MNISTM, BlendedDigits
 from datamodules.sources.noisy import NoisyLabels
 from datamodules.sources.phrases import Phrases
 from datamodules.sources.rotated import Rotated
 from datamodules.sources.sentiment import Sentiment
 from datamodules.sources.sub_pseudo_labels import SubPseudoLabels
 from datamodules.sources.text import TextSource, TextTable
-from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
+from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, USPS, FashionMNIST
+from datamodules.sources.wilds import WILDS
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "MNIST",
+    "MNISTM",
+    "PACS",
     "STL10",
     "SVHN",
+    "USPS",
+    "VLCS",
+    "WILDS",
     "ArraySource",
+    "BlendedDigits",
     "Blobs",
     "Colored",
+    "DomainFolders",
+    "DomainLists",
+    "DomainNet",
+    "DomainNet126",
     "FashionMNIST",
     "FileList",
     "FileSamples",
@@ -33,6 +57,8 @@ __all__ = [
     "MergedClasses",
     "MissingData",
     "NoisyLabels",
+    "Office31",
+    "OfficeHome",
     "Optdigits",
     "Phrases",
     "Rotated",
@@ -41,7 +67,9 @@ __all__ = [
     "Source",
     "SubPseudoLabels",
     "TensorSamples",
+    "TerraIncognita",
     "TextSource",
     "TextTable",
     "TokenSamples",
+    "VisDA2017",
 ]

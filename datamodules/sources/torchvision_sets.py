@@ -95,7 +95,76 @@ class _TorchvisionSource(Source):
         return self._samples("test")
 
 
-class FashionMNIST(_TorchvisionSource):
+class _PackedSource(_TorchvisionSource):
+    """One whose folder may also hold the packed ``*.gz`` files, which are unpacked there."""
+
+    files: tuple[str, ...] = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
+
+    def prepare(self) -> None:
+        """Check that the files are there, or bring them."""
+        raw = Path(self.root) / self.folder
+        for name in self.files:
+            packed, plain = raw / f"{name}.gz", raw / name
+            if packed.is_file() and not plain.is_file():
+                partial = plain.with_name(f"{name}.partial")  # an interrupted run leaves no half file under the name
+                with gzip.open(packed, "rb") as read, partial.open("wb") as write:
+                    shutil.copyfileobj(read, write)
+                partial.replace(plain)
+        super().prepare()
+
+
+class MNIST(_PackedSource):
+    """MNIST: 60,000 + 10,000 handwritten digits, grey, 28 × 28.
+
+    ``ROOT/MNIST/raw`` may also hold the packed ``*.gz`` files: they are unpacked there.
+
+    Args:
+        root: folder of all data sets.
+        download: fetch the set when it is not there.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+    channels = 1
+    size = 28
+    mean = (0.1307,)
+    std = (0.3081,)
+    flip = False
+    folder = "MNIST/raw"
+
+    def _open(self, split: str, download: bool = False) -> Any:
+        from torchvision import datasets
+
+        return datasets.MNIST(self.root, train=split == "train", download=download)
+
+
+class USPS(_TorchvisionSource):
+    """USPS: 7,291 + 2,007 handwritten digits of envelopes, grey, 16 × 16; ``ROOT/usps.bz2`` and ``ROOT/usps.t.bz2``.
+
+    Args:
+        root: folder of all data sets.
+        download: fetch the set when it is not there.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+    channels = 1
+    size = 16
+    mean = (0.2469,)
+    std = (0.2989,)
+    flip = False
+    files = ("usps.bz2", "usps.t.bz2")
+
+    def _open(self, split: str, download: bool = False) -> Any:
+        from torchvision import datasets
+
+        return datasets.USPS(self.root, train=split == "train", download=download)
+
+
+class FashionMNIST(_PackedSource):
     """Fashion-MNIST: 60,000 + 10,000 grey photographs of clothing, 28 × 28.
 
     ``ROOT/FashionMNIST/raw`` may also hold the packed ``*.gz`` files (the Debian package ``dataset-fashion-mnist``
@@ -123,24 +192,11 @@ class FashionMNIST(_TorchvisionSource):
     mean = (0.2860,)
     std = (0.3530,)
     folder = "FashionMNIST/raw"
-    files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
     def _open(self, split: str, download: bool = False) -> Any:
         from torchvision import datasets
 
         return datasets.FashionMNIST(self.root, train=split == "train", download=download)
-
-    def prepare(self) -> None:
-        """Check that the files are there, or bring them."""
-        raw = Path(self.root) / self.folder
-        for name in self.files:
-            packed, plain = raw / f"{name}.gz", raw / name
-            if packed.is_file() and not plain.is_file():
-                partial = plain.with_name(f"{name}.partial")  # an interrupted run leaves no half file under the name
-                with gzip.open(packed, "rb") as read, partial.open("wb") as write:
-                    shutil.copyfileobj(read, write)
-                partial.replace(plain)
-        super().prepare()
 
 
 class CIFAR10(_TorchvisionSource):
