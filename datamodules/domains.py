@@ -237,7 +237,7 @@ class DomainData(PseudoLabels):
             train = self._train(source)
             chosen = train.subset(self.parts[f"{part} {number}"])
             joined = chosen if joined is None else join(joined, chosen, offset)
-            offset += len(train)
+            offset += int(train.ids.max()) + 1  # a share of a set keeps its numbers in the whole
         assert joined is not None  # there is at least one source: checked on construction
         return joined
 
