@@ -2,6 +2,9 @@
 
 from datamodules.base import Data, find_source
 from datamodules.domains import DomainData, GeneralizationData
+from datamodules.held_out import HeldOutDomainData
+from datamodules.label_shift import LabelShiftData
+from datamodules.rounds import RoundsData
 from datamodules.segmentation import SegmentationData
 from datamodules.semi_supervised import SemiSupervisedData
 from datamodules.sources import (
@@ -42,12 +45,15 @@ __all__ = [
     "FashionMNIST",
     "FileList",
     "GeneralizationData",
+    "HeldOutDomainData",
     "ImageFolder",
     "KnownClasses",
+    "LabelShiftData",
     "MNIST5k",
     "MissingData",
     "Optdigits",
     "Phrases",
+    "RoundsData",
     "SegmentationData",
     "SemiSupervisedData",
     "Sentiment",

@@ -68,6 +68,16 @@ class PartialSteps(LightningModule):
             raise UserError(f"{name}: accumulate_grad_batches={batches} must be 1, as it steps several times a batch")
         if (precision := str(trainer.precision)).startswith("16"):
             raise UserError(f"{name}: precision={precision} scales the loss of one step only: take bf16-mixed or 32")
-        strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
-            raise UserError(f"{name}: {type(strategy).__name__} may shard the parameters: take ddp")
+        refuse_shards(self)
+
+
+def refuse_shards(module: LightningModule) -> None:
+    """Refuse, before training, strategies under which a parameter may not be whole.
+
+    Raises:
+        UserError: naming the strategy.
+    """
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
+        kind = type(strategy).__name__
+        raise UserError(f"{type(module).__name__}: {kind} may shard the parameters whose gradients are asked for: ddp")

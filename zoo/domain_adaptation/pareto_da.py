@@ -1,0 +1,171 @@
+"""Pareto Domain Adaptation (ParetoDA).
+
+Lv et al., NeurIPS 2021, https://arxiv.org/abs/2112.04137
+"""
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.core.batch_norm import frozen_batch_norm
+from zoo.core.card import Card
+from zoo.core.distributed import mean_across_ranks
+from zoo.core.errors import UserError
+from zoo.core.wrapper import MethodRecipe, Wrapper
+from zoo.domain_adaptation.discriminators import ClassDiscriminators
+from zoo.losses.mimicking import class_domain_loss, mutual_information, refined_log_probabilities
+from zoo.optim.pareto import pareto_weights, with_gradients
+from zoo.optim.partial import PartialSteps, refuse_shards
+
+
+class ParetoDA(Wrapper):
+    r"""Source labels, alignment and certainty on the target pull the features by weights that serve unseen target data.
+
+    .. math:: d = 3\, (w_S \nabla L_S + w_D \nabla L_D + w_T \nabla L_T), \qquad L_T = -I(\rho^t), \quad
+        L_{\text{val}} = \log C - I(\rho^{\text{held out}})
+
+    d moves the features alone; w solves the linear program of :func:`~zoo.optim.pareto.pareto_weights`, whose guide is
+    the gradient of :math:`L_{\text{val}}` on target samples that no other loss ever sees. :math:`L_S` is the inner
+    method's term ``source``, :math:`L_D` the sum of its others, :math:`I` the mutual information of samples and
+    classes, :math:`\rho` the predictions refined by one domain discriminator a class. Heads and discriminators follow
+    the plain gradients of :math:`L_S`, :math:`L_D` and the class-wise domain loss. Equal weights are the plain sum.
+
+    The paper writes :math:`L_{\text{val}} = -I` and lets the guide count where it is positive, which it never is:
+    counted from its smallest value, :math:`-\log C`, it is 0 where the held-out predictions are certain and balanced,
+    and positive before. The authors' code never uses its guide, and adds the plain gradients of :math:`L_S` and
+    :math:`L_D` to the features once more.
+
+    Gradients of four losses at every step: a pass forward and back on the held-out samples, and two more passes back
+    than the inner method. ``forward_pass: split`` costs least, as :math:`L_S` then leaves the target alone. Batch
+    statistics do not see the held-out samples.
+
+    Batch: that of the inner method, and ``held_out`` {image} of the target: :class:`~datamodules.held_out.HeldOutDomainData`.
+
+    Args:
+        method: the recipe of a method of ``source`` and ``target`` that passes both once a step and reports the loss of
+            the labels as ``source``, such as DANN, CDAN, MDD, DAN or MCC.
+        discriminators: from the numbers of features and classes to a module with a domain logit for every class.
+        guided: ``False`` lets no guide count, as in the authors' code: every loss then falls.
+        tolerance: the value of :math:`L_{\text{val}}` up to which it counts as 0.
+        **kwargs: see :class:`~zoo.core.method.Method`.
+
+    Raises:
+        UserError: for such an argument; before training, for sharded strategies; at the first step, without held-out
+            samples, or if the inner method's step is of another kind.
+
+    Source: Lv et al. 2021, arXiv 2112.04137, section 4, equations 4-9.
+    """
+
+    card = Card(
+        title="Pareto Domain Adaptation",
+        year=2021,
+        paper="arXiv:2112.04137",
+        family="domain_adaptation",
+        roles=("source", "target", "held_out"),
+    )
+
+    def __init__(
+        self,
+        method: MethodRecipe,
+        discriminators: Callable[[int, int], nn.Module] = ClassDiscriminators,
+        guided: bool = True,
+        tolerance: float = 1e-3,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(method=method, **kwargs)
+        if tolerance < 0:
+            raise UserError(f"ParetoDA: tolerance={tolerance} must not be negative")
+        if isinstance(self.method, PartialSteps) or not hasattr(self.method, "both"):
+            name = type(self.method).__name__
+            raise UserError(f"ParetoDA: method={name} takes steps of its own kind; DANN, CDAN or MDD can be combined")
+        self.discriminators_recipe, self.guided, self.tolerance = discriminators, guided, tolerance
+
+    def build(self) -> None:
+        """The inner method's networks, and beside them, in its state, the discriminators of single classes."""
+        super().build()
+        with torch.random.fork_rng(devices=[]):
+            self.method.class_discriminators = self.discriminators_recipe(self.network.num_features, self.num_classes)
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard."""
+        super().setup(stage)
+        if stage == "fit":
+            refuse_shards(self)
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Gradients of all losses; the weights at which the features follow them; heads as ever."""
+        if "held_out" not in batch:
+            raise UserError("ParetoDA: there are no held-out target samples; take HeldOutDomainData")
+        labels, x = batch["source"]["label"], batch["held_out"]["image"]
+        terms, source, target = self.ask(batch, batch_idx)
+        label_loss, alignment = terms.pop("source"), reduce(add, terms.values())
+        domains = self.method.class_discriminators(torch.cat([source, target]).detach())
+        refined = refined_log_probabilities(self.network.logits(target), domains[len(source) :])
+        class_domains = class_domain_loss(domains[: len(source)], domains[len(source) :], labels, refined.exp())
+        mimicking = -mutual_information(refined)
+        with frozen_batch_norm(self.method):
+            features = self.network.features(x)
+            own = self.method.class_discriminators(features.detach())
+            unseen = refined_log_probabilities(self.network.logits(features), own)
+            guide = math.log(self.num_classes) - mutual_information(unseen)
+
+        shared, others = self.shared_and_others()
+        losses = [label_loss, alignment, mimicking, guide]
+        found = [gradients_of(loss, shared + others * (i < 2)) for i, loss in enumerate(losses)]
+        rows = torch.stack([torch.cat([g.flatten() for g in gradients[: len(shared)]]) for gradients in found])
+        rows = mean_across_ranks(rows)  # before the program, or every rank has its own weights
+        products = rows[:3] @ rows.T
+        counts = mean_across_ranks(guide.detach()) > self.tolerance if self.guided else False
+        weights = pareto_weights(products[:, :3], products[:, 3], counts)
+        direction = 3.0 * weights.to(rows.dtype) @ rows[:3]
+        moves = [part.view_as(p) for part, p in zip(direction.split([p.numel() for p in shared]), shared, strict=True)]
+        plain = (gradients_of(class_domains, others), found[0][len(shared) :], found[1][len(shared) :])
+        terms |= {"source": label_loss, "mimicking": mimicking, "class_domains": class_domains}
+        weight = dict(zip(("weight_source", "weight_alignment", "weight_mimicking"), weights, strict=True))
+        self.observe(guide=guide, **weight)
+        loss = self.method.report(**terms)
+        return with_gradients(loss, shared + others, moves + [reduce(add, each) for each in zip(*plain, strict=True)])
+
+    def ask(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The inner method's terms, and the features of both domains that it made on the way."""
+        said: dict[str, Tensor] = {}
+        made: list[Tensor] = []
+
+        def report(**terms: Tensor) -> Tensor:
+            said.update(terms)
+            return reduce(add, terms.values())
+
+        hook = self.network.neck.register_forward_hook(lambda *call: made.append(call[-1]))
+        self.method.report = report
+        try:
+            self.method.training_step(batch, batch_idx)
+        finally:
+            hook.remove()
+            del self.method.report
+        sizes = [len(batch["source"]["image"]), len(batch["target"]["image"])]
+        features = [part for one in made for part in (one.split(sizes) if len(one) == sum(sizes) else [one])]
+        if [len(x) for x in features] != sizes or "source" not in said or len(said) < 2:
+            name = type(self.method).__name__
+            raise UserError(
+                f"ParetoDA: method={name} must pass source and target once a step, and report 'source' and another term"
+            )
+        return said, features[0], features[1]
+
+    def shared_and_others(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that make the features, and all others that learn."""
+        shared = [p for part in (self.network.backbone, self.network.neck) for p in part.parameters()]
+        known = {id(p) for p in shared}
+        others = [p for p in self.method.parameters() if p.requires_grad and id(p) not in known]
+        return [p for p in shared if p.requires_grad], others
+
+
+def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of a loss, 0 where it does not depend on a parameter; the graph is kept for the others."""
+    with torch.autocast(loss.device.type, enabled=False):
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
