@@ -71,6 +71,15 @@ def weak_labels(folder: Path) -> str:
     return str(path)
 
 
+def earlier_round(folder: Path, number: int) -> str:
+    """What a network of two classes said of every training sample of all domains."""
+    path = folder / f"round_{number}.safetensors"
+    index = torch.arange(SAMPLES * 3)
+    generator = torch.Generator().manual_seed(number)
+    save_file({"index": index, "probabilities": torch.randn(len(index), 2, generator=generator).softmax(1)}, path)
+    return str(path)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[[Path], Path]:
     """The same config on synthetic data, with small batches and without downloaded weights, in a new file."""
@@ -89,6 +98,8 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
             data["num_labels"] = 200
         if data.get("role") == "student":
             data["weak_labels"] = weak_labels(tmp_path)
+        if "rounds" in data:
+            data["rounds"] = [earlier_round(tmp_path, number) for number in range(2)]
         model["network"] = small_network(model["network"])
         if "teacher" in model:
             model["allow_untrained_teacher"] = True

@@ -61,6 +61,7 @@ from zoo.losses.tsallis import tsallis_confusion, tsallis_entropy
 from zoo.losses.virtual_adversarial import divergence, virtual_adversarial_direction, virtual_adversarial_loss
 from zoo.losses.weighted import weighted_mean
 from zoo.losses.worst_case import worst_case_loss
+from zoo.losses.worst_group import round_groups, worst_group_loss
 
 __all__ = [
     "Gaussian",
@@ -134,6 +135,7 @@ __all__ = [
     "reverse_loss",
     "risk_variance",
     "robust_weights",
+    "round_groups",
     "scale_gradients",
     "self_adjusting_dice_loss",
     "sharpen",
@@ -152,4 +154,5 @@ __all__ = [
     "virtual_adversarial_loss",
     "weighted_mean",
     "worst_case_loss",
+    "worst_group_loss",
 ]
