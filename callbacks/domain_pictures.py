@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.features import evenly, features_of, loader_of, network_of, rows_of
+from callbacks.features import evenly, features_of, has_features, loader_of, network_of, rows_of
 from callbacks.files import run_folder, write_atomically
 from callbacks.picture import _nothing, _per_class, show
 from callbacks.run_summary import Counts
@@ -122,9 +123,13 @@ class DomainPictures(Callback):
         """Bring the domains together, measure, log, draw."""
         counts = self._counts
         self._release()
+        if not has_features(pl_module):
+            rank_zero_warn(f"DomainPictures: the network of {type(pl_module).__name__} has no features to look at")
+            return
         for name in [name for name in ("target", *ADAPTED) if name in counts]:
             counts[name].reduce()
         data, network = _whole(trainer), network_of(pl_module)
+        test = data.evaluation_sets("test")["test"]
         share = max(self.max_samples // len(data.sources), 4)
         domains: dict[str, tuple[Tensor, Tensor]] = {}
         for number in range(len(data.sources)):
@@ -136,7 +141,7 @@ class DomainPictures(Callback):
                 labels = samples.labels[torch.searchsorted(samples.ids, index)]
                 counts.setdefault("source", Counts(logits.shape[1])).update(logits, labels)
         source = torch.cat([features for features, _ in domains.values()])
-        samples = _part(data.evaluation_sets("test")["test"], self.max_samples)
+        samples = _part(test, self.max_samples)
         target = features_of(trainer, pl_module, samples, _adapted(pl_module) or network)
         distance = a_distance(source, target[0], self.seed)
         pl_module.log("domain/a_distance", distance, batch_size=1, rank_zero_only=False)

@@ -43,6 +43,12 @@ def check_source(owner: str, source: Source, trainer: Trainer) -> None:
         )
 
 
+def has_features(module: LightningModule) -> bool:
+    """Whether :func:`network_of` finds a network with features."""
+    predictor: Any = module.predictor
+    return callable(getattr(getattr(predictor, "module", predictor), "features", None))
+
+
 def network_of(module: LightningModule) -> Any:
     """The network that a method is evaluated with.
 
@@ -51,7 +57,7 @@ def network_of(module: LightningModule) -> Any:
     """
     predictor: Any = module.predictor
     network = getattr(predictor, "module", predictor)  # an average holds its network
-    if not callable(getattr(network, "features", None)):
+    if not has_features(module):
         raise UserError(f"{type(module).__name__}: {type(network).__name__} has no features()")
     return network
 
