@@ -3,25 +3,30 @@
 Wang et al., ICLR 2021, https://arxiv.org/abs/2006.10726
 """
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import Any
 
+from torch import Tensor, nn
+
+from zoo.core.batch_norm import normalise_by_batch
 from zoo.core.card import Card
 from zoo.core.errors import UserError
 from zoo.core.network import Network
-from zoo.domain_adaptation.test_time import TestTimeAdaptation
+from zoo.domain_adaptation.test_time import GradientAdaptation
 from zoo.losses.entropy import entropy
 
 
-class Tent(TestTimeAdaptation):
+class Tent(GradientAdaptation):
     r"""Scale and shift of BatchNorm follow the entropy of the predictions on the target downhill.
 
     .. math:: \min_{\gamma, \beta} \tfrac1B \sum_i H(p(x_i)), \qquad H(p) = -\sum_c p_c \log p_c
 
     BatchNorm normalises by the batch at hand, not by what it saw of the source. As in the authors' code a batch is
-    predicted before the step that it causes.
+    predicted before the step that it causes; other than there, dropout stays off.
 
     Batch: ``source`` {image, label}; at test {image, label}.
+
+    Args:
+        **kwargs: see :class:`~zoo.domain_adaptation.test_time.GradientAdaptation`.
 
     Raises:
         UserError: when tested, for a network without BatchNorm.
@@ -37,19 +42,25 @@ class Tent(TestTimeAdaptation):
         roles=("source",),
     )
 
-    def prepare_copy(self, network: Network) -> list[nn.Parameter]:
+    def prepare_copy(self, network: Network) -> dict[str, nn.Parameter]:
         """BatchNorm normalises by the batch; its scales and shifts adapt."""
-        layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-        if not layers:
-            raise UserError(f"{type(self).__name__}: the network has no BatchNorm, so there is nothing to adapt")
-        for layer in layers:
-            layer.train()
-            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
-        return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        return batch_norm_parameters(self, network)
 
-    def adapt(self, x: Tensor) -> Tensor:
-        """Predict, then step; with several steps the last prediction counts."""
-        for _ in range(self.adaptation_steps):
-            logits = self.adapted(x)
-            self.step(entropy(logits).mean())
+    def learn(self, x: Any) -> Tensor:
+        """Predict, then step towards certainty."""
+        logits = self.adapted(x)
+        self.step(self.gradients(entropy(logits).mean()))
         return logits
+
+
+def batch_norm_parameters(method: Any, network: Network) -> dict[str, nn.Parameter]:
+    """Let BatchNorm normalise by the batch; its scales and shifts by name.
+
+    Raises:
+        UserError: where there is none.
+    """
+    layers = {id(layer) for layer in normalise_by_batch(network)}
+    if not layers:
+        raise UserError(f"{type(method).__name__}: the network has no BatchNorm, so there is nothing to adapt")
+    parts = [(name, part) for name, part in network.named_modules() if id(part) in layers]
+    return {f"{name}.{leaf}": p for name, part in parts for leaf, p in part.named_parameters(recurse=False)}

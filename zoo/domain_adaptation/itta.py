@@ -1,0 +1,262 @@
+"""ITTA: Improved Test-Time Adaptation for Domain Generalization.
+
+Chen et al., CVPR 2023, https://arxiv.org/abs/2304.04494
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo.core.card import Card
+from zoo.core.distributed import mean_across_ranks, sum_with_gradient, world_size
+from zoo.core.errors import UserError, suggest
+from zoo.core.network import Network
+from zoo.core.styles import mix_styles
+from zoo.domain_adaptation.test_time import GradientAdaptation
+from zoo.losses.gradient_alignment import gradient_alignment
+from zoo.losses.mixup import mixing_shares
+
+
+class ITTA(GradientAdaptation):
+    r"""Features that stay when the style changes, by a loss that has learnt to help the classifier.
+
+    .. math:: \Theta: \ H(y, z) + H(y, z') + L_c, \quad L_c = \overline{f_w(z' - z)^2}, \qquad
+        w: \ \alpha \lVert N(\nabla_\Theta L_c) - \mathrm{sg}[N(\nabla_\Theta (H(y, z) + H(y, z')))] \rVert^2 / P
+
+    z and z' are the features of an image and of the same image in a style mixed with another one's, behind the first or
+    the second stage. f is ten elementwise affine layers with ReLU between, the identity of what is positive at first,
+    so that negative differences cost nothing until w has moved. N standardises, see
+    :func:`~zoo.losses.gradient_alignment.gradient_alignment`. Both minimizations take their gradients at the same place
+    and from the same views, with one optimizer; the authors' code steps in Θ first, and for w passes forward again.
+
+    When tested, five elementwise affine layers with ReLU between stand behind every stage, the identity at first for
+    features that are not negative. They alone descend on :math:`L_c`, and then the batch is predicted. The authors
+    never set them back, so that their figures depend on the order of the test sets; here every set begins anew. A batch
+    of one image has no other style: it is not adapted to, and the authors evaluate by such batches.
+
+    Batch: ``source`` {image, label}, of one or several domains; at test {image, label}.
+
+    Args:
+        alignment_weight: α ≥ 0, 0.1 in the authors' code.
+        style_alpha: of the shares' Beta distribution, 0.1.
+        consistency_layers: of f, at least 1.
+        adaptive_layers: behind every stage, at least 1.
+        adaptive: ``"element"``, a scale and a shift for each element of the maps, which then must all be of one size,
+            or ``"channel"``, ours, for each channel.
+        adaptation_weight: of :math:`L_c` when tested, the authors' ``ada_lr``: 1e-6, 0.1 for DomainNet. Adam hardly
+            notices it: with a loss that small, its ε does.
+        stages: names of the stages inside the backbone; its four last where a timm or torchvision network has them.
+        freeze_batch_norm: BatchNorm stays in evaluation mode in training, as in DomainBed, for pretrained networks.
+            Otherwise its running averages see both views.
+        adaptation_optimizer: as in the authors' code, Adam at a rate of 5e-6.
+        **kwargs: see :class:`~zoo.domain_adaptation.test_time.GradientAdaptation`; predicted is after the step. w is
+            learnt at a tenth of the rate unless ``lr_multipliers`` has a ``consistency``. Authors: Adam, 5e-5.
+
+    Raises:
+        UserError: for an argument out of its range, a stage that is not there, or inputs that are not images.
+
+    Source: Chen et al. 2023, arXiv 2304.04494, equations 1-7 and algorithm 1.
+    """
+
+    card = Card(
+        title="Improved Test-Time Adaptation for Domain Generalization",
+        year=2023,
+        paper="arXiv:2304.04494",
+        family="domain_adaptation",
+        roles=("source",),
+    )
+    published_prediction = "after"
+
+    def __init__(
+        self,
+        alignment_weight: float = 0.1,
+        style_alpha: float = 0.1,
+        consistency_layers: int = 10,
+        adaptive_layers: int = 5,
+        adaptive: Literal["element", "channel"] = "element",
+        adaptation_weight: float = 1e-6,
+        stages: list[str] | None = None,
+        freeze_batch_norm: bool = True,
+        adaptation_optimizer: Any = lambda p: torch.optim.Adam(p, lr=5e-6),
+        lr_multipliers: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        multipliers = {"consistency": 0.1, **(lr_multipliers or {})}
+        super().__init__(adaptation_optimizer=adaptation_optimizer, lr_multipliers=multipliers, **kwargs)
+        numbers = {"alignment_weight": alignment_weight, "style_alpha": style_alpha}
+        for name, value in (numbers | {"adaptation_weight": adaptation_weight}).items():
+            if not value >= 0:
+                raise UserError(f"ITTA: {name}={value} must not be negative")
+        for name, value in {"consistency_layers": consistency_layers, "adaptive_layers": adaptive_layers}.items():
+            if value < 1:
+                raise UserError(f"ITTA: {name}={value} must be at least 1")
+        if adaptive not in ("element", "channel"):
+            near = suggest(adaptive, ["element", "channel"])
+            raise UserError(f"ITTA: adaptive={adaptive!r} must be 'element' or 'channel'.{near}")
+        self.alignment_weight, self.style_alpha, self.adaptation_weight = (
+            alignment_weight,
+            style_alpha,
+            adaptation_weight,
+        )
+        self.consistency_layers, self.adaptive_layers, self.adaptive = consistency_layers, adaptive_layers, adaptive
+        self.stages, self.freeze_batch_norm = stages, freeze_batch_norm
+
+    def build(self) -> None:
+        """The network, and what weighs the differences of its features."""
+        super().build()
+        self.consistency = Affines((self.network.num_features,), self.consistency_layers)
+
+    def train(self, mode: bool = True) -> Self:
+        """Keep BatchNorm in evaluation mode, if asked."""
+        super().train(mode)
+        for layer in self.modules() if self.freeze_batch_norm else ():
+            if isinstance(layer, _BatchNorm):
+                layer.eval()
+        return self
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Fit the labels in both styles; let w make the consistency help with that."""
+        source = batch["source"]
+        clean, mixed = self.views(self.network, source["image"])
+        terms = {
+            "clean": cross_entropy(self.network.logits(clean), source["label"]),
+            "mixed": cross_entropy(self.network.logits(mixed), source["label"]),
+        }
+        fixed = {name: p.detach() for name, p in self.consistency.named_parameters()}
+        change = difference(mixed, clean)
+        terms["consistency"] = torch.func.functional_call(self.consistency, fixed, (change,)).square().mean()
+        steer = self.steer(self.consistency(change).square().mean(), terms["clean"] + terms["mixed"])
+        return self.report(**terms) + steer
+
+    def steer(self, consistency: Tensor, main: Tensor) -> Tensor:
+        """0, with the gradient of the alignment with respect to w, and of nothing else."""
+        own, theta = list(self.consistency.parameters()), self.theta
+        with torch.autocast(main.device.type, enabled=False):
+            ours = flat(torch.autograd.grad(consistency, theta, create_graph=True, allow_unused=True), theta)
+            theirs = flat(torch.autograd.grad(main, theta, retain_graph=True, allow_unused=True), theta)
+            alignment = gradient_alignment(sum_with_gradient(ours) / world_size(), mean_across_ranks(theirs))
+            found = torch.autograd.grad(self.alignment_weight * alignment, own, retain_graph=True, allow_unused=True)
+        self.observe(alignment=alignment)
+        parts = ((p - p.detach()) * g for p, g in zip(own, found, strict=True) if g is not None)
+        return torch.stack([part.sum() for part in parts]).sum()
+
+    @property
+    def theta(self) -> list[nn.Parameter]:
+        """What makes the features: all but the head."""
+        head = {id(p) for p in self.network.head.parameters()}
+        return [p for p in self.network.parameters() if p.requires_grad and id(p) not in head]
+
+    def views(self, network: Network, x: Any) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of images, and of the same in mixed styles: one pass up to where the styles part."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise UserError("ITTA: styles are those of images, and these inputs are none")
+        first = stages_of(network, self.stages)[:2]
+        shares, partners = mixing_shares(len(x), self.style_alpha, dominant=False), torch.randperm(len(x))
+
+        def double(maps: Tensor) -> Tensor:
+            mixed = mix_styles(maps, partners.to(maps.device), shares.to(maps.device))
+            return torch.cat([maps, mixed])
+
+        with behind(first[int(torch.randint(len(first), ()))], double):
+            clean, mixed = network.features(x).chunk(2)
+        return clean, mixed
+
+    # Test -------------------------------------------------------------------------------------------------------------
+
+    def prepare_copy(self, network: Network) -> dict[str, nn.Parameter]:
+        """Affine layers behind every stage; they are made when maps come by and their sizes are known."""
+        self.inserted: dict[int, Affines] = {}
+        for number, stage in enumerate(stages_of(network, self.stages)):
+            stage.register_forward_hook(partial(self.insert, number))
+        return {}
+
+    def insert(self, number: int, module: nn.Module, inputs: Any, maps: Tensor) -> Tensor:
+        """What the affine layers behind a stage make of its maps."""
+        whole = tuple(maps.shape[1:])
+        channels = (whole[0], 1, 1) if maps.dim() == 4 else whole[-1:]
+        shape = whole if self.adaptive == "element" else channels
+        layers = self.inserted.setdefault(number, Affines(shape, self.adaptive_layers).to(maps.device))
+        if layers.shape != shape:
+            raise UserError(
+                f"ITTA: adaptive='element' needs maps of one size, but {shape} came after {layers.shape}: 'channel'"
+            )
+        return layers(maps).to(maps.dtype)
+
+    def learn(self, x: Any) -> Tensor:
+        """Make the features agree in both styles."""
+        clean, mixed = self.views(self.adapted, x)
+        if not self.now.named:
+            layers = self.inserted.items()
+            self.now.named = {f"{number}.{name}": p for number, part in layers for name, p in part.named_parameters()}
+        loss = self.adaptation_weight * self.consistency(difference(mixed, clean)).square().mean()
+        self.step(self.gradients(loss))
+        return self.adapted.logits(clean)
+
+
+class Affines(nn.Module):
+    r"""Elementwise affine layers :math:`w \odot x + b` with ReLU between; at first the identity of what is positive.
+
+    Args:
+        shape: of w and b, broadcast against that of a sample.
+        depth: number of layers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], depth: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weights = nn.ParameterList(torch.ones(shape) for _ in range(depth))
+        self.biases = nn.ParameterList(torch.zeros(shape) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same."""
+        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = weight * (x.relu() if number else x) + bias
+        return x
+
+
+def stages_of(network: Network, names: list[str] | None) -> list[nn.Module]:
+    """The stages of a network's backbone, the shallowest first.
+
+    Raises:
+        UserError: for names that are not there; without names, where the backbone does not tell its stages.
+    """
+    model = network.backbone.model
+    if names is None:
+        told = [part["module"] for part in getattr(model, "feature_info", None) or []]
+        names = told[-4:] or [f"layer{number}" for number in range(1, 5) if hasattr(model, f"layer{number}")]
+    parts = dict(model.named_modules())
+    if not names or not set(names) <= parts.keys():
+        missing = next((name for name in names if name not in parts), None)
+        raise UserError(f"ITTA: stages={names} are not all in {type(model).__name__}.{suggest(missing or '', parts)}")
+    return [parts[name] for name in names]
+
+
+@contextmanager
+def behind(stage: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, what a stage gives is changed, before anything else that is behind it."""
+    hook = stage.register_forward_hook(lambda module, inputs, maps: change(maps), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def difference(mixed: Tensor, clean: Tensor) -> Tensor:
+    """The change from z to z', in 32 bits or more."""
+    return mixed.float() - clean.float() if clean.element_size() < 4 else mixed - clean
+
+
+def flat(gradients: Sequence[Tensor | None], parameters: list[nn.Parameter]) -> Tensor:
+    """One vector; zeros where nothing depends on a parameter."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
