@@ -36,8 +36,8 @@ class PseudoLabeler(Callback):
     neither see training views nor move the random state. Loggers are told ``round/selected``, the share of samples in
     use, and ``round/accuracy`` where the data module knows the truth, which neither the selection nor the method sees.
 
-    A method may label in a way of its own, from the whole set at once: its ``labeling_step(batch)`` then takes the place
-    of ``predict_step`` and gives further rows, and ``pseudo_labels(outputs)`` makes the probabilities (N, C) of them.
+    A method may label in a way of its own, from the whole set at once: its ``labeling_step(batch)`` then takes the
+    place of ``predict_step`` and gives further rows, and ``pseudo_labels(outputs)`` makes probabilities (N, C) of them.
 
     The self-training loop that the survey describes (Amini et al. 2022, arXiv 2202.12040) is ``at_start=False``, a
     selection, ``hard``, ``keep``, ``restart`` and ``stop``. Curriculum labeling and noisy students make all labels

@@ -136,14 +136,12 @@ def centroid_labels(
     Source: Liang et al. 2020, arXiv 2002.08546, equations 4-6; ``obtain_label`` of the authors' code.
     """
     shares, labels, classes = probabilities, probabilities.argmax(dim=1), probabilities.shape[1]
-    if distance == "cosine":
+    cosine = distance == "cosine"
+    if cosine:
         features = normalize(torch.cat([features, features.new_ones(len(features), 1)], dim=1), dim=1)
     for _ in range(2):
         centroids = shares.T @ features / (shares.sum(dim=0)[:, None] + 1e-8)
-        if distance == "cosine":
-            away = -features @ normalize(centroids, dim=1).T
-        else:
-            away = torch.cdist(features, centroids)
+        away = -features @ normalize(centroids, dim=1).T if cosine else torch.cdist(features, centroids)
         counts = torch.bincount(labels, minlength=classes)
         labels = away.masked_fill(counts <= min_count, torch.inf).argmin(dim=1)
         shares = one_hot(labels, classes).to(features.dtype)
