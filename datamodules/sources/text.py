@@ -69,8 +69,21 @@ class TextSource(Source):
             tokenizer = build(self.training_texts(parts), self.tokenizer_name, self.vocabulary)
         else:
             tokenizer = load(self.tokenizer_name)
+        return self._encode(tokenizer, parts)
+
+    def _encode(self, tokenizer: Tokenizer, parts: dict[str, Texts]) -> tuple[Tokenizer, dict[str, TokenSamples]]:
         rows = {part: tokenizer(texts, self.max_length) for part, (texts, _) in parts.items()}
         return tokenizer, {part: TokenSamples(rows[part], labels) for part, (_, labels) in parts.items()}
+
+    @property
+    def builds_vocabulary(self) -> bool:
+        """Whether ids come from the texts at hand, and not from a file or a pretrained model."""
+        return self.tokenizer_name in BUILT
+
+    def share(self, tokenizer: Tokenizer) -> None:
+        """From now on use this vocabulary, which is also that of other domains, instead of an own one."""
+        self._encoded = self._encode(tokenizer, self.read())
+        self.__dict__.pop("corpus", None)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -112,6 +125,9 @@ class TextTable(TextSource):
     file whose label is empty (``null`` in JSON) join the unlabelled ones. A test file without any label can be
     predicted on. Fields of a .csv may be quoted with ``"``; a .tsv is read as it stands. Files are UTF-8.
 
+    A table of several domains is read one at a time, ``domain_column: product, domain: books``: classes and vocabulary
+    are then those of the rows of this domain. :class:`~datamodules.DomainData` gives all its domains one vocabulary.
+
     Args:
         train: the training file.
         test: the test file; without one a stratified share of the training file, drawn by ``seed``, is held out.
@@ -124,6 +140,8 @@ class TextTable(TextSource):
         max_length: tokens of a row.
         test_fraction: share held out where there is no test file.
         seed: of that split.
+        domain_column: the column that says which domain a row is of, in all files.
+        domain: the one to read.
     """
 
     def __init__(
@@ -139,8 +157,17 @@ class TextTable(TextSource):
         max_length: int = 64,
         test_fraction: float = 0.2,
         seed: int = 0,
+        domain_column: str | None = None,
+        domain: str | None = None,
     ) -> None:
+        self.domain_column = domain_column
+        self.domain = domain
         super().__init__(tokenizer, vocabulary, max_length)
+        if (domain_column is None) != (domain is None):
+            raise UserError(
+                f"TextTable: domain_column={domain_column!r} and domain={domain!r} go together: the column, and which "
+                "of its values to read"
+            )
         if not 0 < test_fraction < 1:
             raise UserError(f"TextTable: test_fraction={test_fraction} must be between 0 and 1")
         if classes is not None and len(set(classes)) < len(classes):
@@ -152,6 +179,11 @@ class TextTable(TextSource):
         self.seed = seed
         self._names = tuple(classes) if classes else None
         self._rows: dict[str, list[tuple[int, str, str]]] = {}
+
+    @property
+    def name(self) -> str:
+        """With the domain: a split of one is none of another."""
+        return "TextTable" if self.domain is None else f"TextTable ({self.domain})"
 
     @property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -178,7 +210,8 @@ class TextTable(TextSource):
         if part not in self._rows:
             name = self.files[part]
             assert name is not None
-            rows = read_table(name, self.text, None if part == "unlabeled" else self.label)
+            label = None if part == "unlabeled" else self.label
+            rows = read_table(name, self.text, label, self.domain_column, self.domain)
             if not rows:
                 raise MissingData(f"TextTable: {part}={name!r} holds no rows")
             self._rows[part] = rows
@@ -240,8 +273,12 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.removeprefix("-").isdigit()
 
 
-def read_table(name: str, text: str, label: str | None) -> list[tuple[int, str, str]]:
+def read_table(
+    name: str, text: str, label: str | None, domain_column: str | None = None, domain: str | None = None
+) -> list[tuple[int, str, str]]:
     """Rows (line number, text, label) of a .csv, .tsv or .jsonl file; without a label column every label is empty.
+
+    With a domain column, only the rows that have this domain in it.
 
     Raises:
         MissingData: when there is no such file.
@@ -265,13 +302,26 @@ def read_table(name: str, text: str, label: str | None) -> list[tuple[int, str, 
         raise UserError(
             f"TextTable: {name}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8"
         ) from None
-    columns = (text,) if label is None else (text, label)
+    columns = tuple(column for column in (text, label, domain_column) if column is not None)
     read = _json_rows if suffix in (".jsonl", ".ndjson") else _table_rows
     rows = []
+    domains = set()
     for line, values in read(name, content, columns):
+        if domain_column is not None:
+            domains.add(values[-1].strip())
+            if values[-1].strip() != domain:
+                continue
         if not values[0].strip():
             raise UserError(f"TextTable: {name}, line {line}: the text is empty")
         rows.append((line, values[0], values[1].strip() if label is not None else ""))
+    if domain is not None and domains == {""}:
+        raise UserError(f"TextTable: no row of {name} has a {domain_column!r}")
+    if domain is not None and domains and not rows:
+        shown = ", ".join(map(repr, sorted(domains)[:10]))
+        raise MissingData(
+            f"TextTable: {name} has no row with {domain!r} in the column {domain_column!r}; it has {shown}"
+            f"{' ...' if len(domains) > 10 else ''}.{suggest(domain, domains)}"
+        )
     return rows
 
 
@@ -318,7 +368,8 @@ def _json_rows(name: str, content: str, columns: Sequence[str]) -> Iterator[tupl
             raise UserError(f"TextTable: {name}, line {line}: has {found}; no {columns[0]!r}")
         if not isinstance(entry[columns[0]], str):
             raise UserError(f"TextTable: {name}, line {line}: {columns[0]!r} is {entry[columns[0]]!r}, not a text")
-        label = entry.get(columns[1]) if len(columns) > 1 else None
-        if isinstance(label, list | dict | float):
-            raise UserError(f"TextTable: {name}, line {line}: {columns[1]!r} is {label!r}, not one class")
-        yield line, [entry[columns[0]], "" if label is None else str(label)]
+        others = [entry.get(column) for column in columns[1:]]
+        for column, value in zip(columns[1:], others, strict=True):
+            if isinstance(value, list | dict | float):
+                raise UserError(f"TextTable: {name}, line {line}: {column!r} is {value!r}, not one class or domain")
+        yield line, [entry[columns[0]], *("" if value is None else str(value) for value in others)]

@@ -268,7 +268,7 @@ def test_views_of_texts_have_one_draw_a_sample_and_follow_the_seed():
         ),
         (lambda: DomainData(Phrases(), Blobs()).setup("fit"), "Phrases has texts, but Blobs has images"),
         (
-            lambda: DomainData(Phrases(), Phrases(seed=1, length=20)).setup("fit"),
+            lambda: DomainData(Phrases(), Phrases(seed=1, vocabulary=30)).setup("fit"),
             "Phrases and Phrases have different vocabularies",
         ),
     ],

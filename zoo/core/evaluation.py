@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from zoo.core.open_set import OpenSetAccuracy
+
 
 class Evaluated(LightningModule):
     """A module that is measured on batches {image, label} and predicts on {image, index}.
@@ -22,6 +24,9 @@ class Evaluated(LightningModule):
 
     def build_metrics(self) -> MetricCollection:
         """What an evaluation measures, fed with (logits, labels). Override to measure something else."""
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if getattr(data, "setting", None) == "open":  # some classes of the target are nobody's
+            return MetricCollection(OpenSetAccuracy(self.num_classes, getattr(data, "unknown_threshold", None)))
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro")
         }

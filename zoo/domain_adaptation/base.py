@@ -15,6 +15,8 @@ class DomainAdaptation(Method):
 
     ``source_views`` and ``target_views`` name the views that a subclass reads: the data makes these and no others.
     ``image`` is the weak view; ``weak`` and ``strong``, with a number where several are wanted, such as ``strong_2``.
+    ``settings`` names the relations of the domains' classes for which a subclass is made: ``closed`` (the same),
+    ``partial`` (the target has some of the source's) and ``open`` (it has others); the data refuses any other.
 
     Args:
         forward_pass: ``"joint"`` sends both domains through the network in one batch, so that BatchNorm normalises them
@@ -30,6 +32,7 @@ class DomainAdaptation(Method):
 
     source_views: ClassVar[tuple[str, ...]] = ("image",)
     target_views: ClassVar[tuple[str, ...]] = ("image",)
+    settings: ClassVar[tuple[str, ...]] = ("closed",)
     published_forward_pass: ClassVar[Literal["joint", "split"]] = "joint"
 
     def __init__(self, forward_pass: Literal["joint", "split"] | None = None, **kwargs: Any) -> None:

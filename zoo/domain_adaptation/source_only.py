@@ -1,6 +1,6 @@
 """The baseline of domain adaptation: learn on the source, ignore the target."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -26,6 +26,7 @@ class SourceOnly(Method):
         UserError: for a share outside [0, 1).
     """
 
+    settings: ClassVar[tuple[str, ...]] = ("closed", "partial", "open")
     card = Card(title="Source-only baseline", year=1986, paper="", family="domain_adaptation", roles=("source",))
 
     def __init__(self, label_smoothing: float = 0.0, **kwargs: Any) -> None:
