@@ -1,0 +1,35 @@
+import pytest
+
+from datamodules import Blobs, DomainData, HeldOutDomainData
+from zoo.core.errors import UserError
+
+
+def sources() -> dict:
+    return {name: Blobs(num_classes=3, samples=100, test_samples=10, size=8) for name in ("source", "target")}
+
+
+def test_held_out_samples_are_in_no_other_part() -> None:
+    data = HeldOutDomainData(**sources(), batch_size=4, steps=3, val_size=0.1, held_out=0.2)
+    plain = DomainData(**sources(), batch_size=4, steps=3, val_size=0.1)
+    for each in (data, plain):
+        each.prepare_data()
+        each.setup("fit")
+    parts = {name: set(data.parts[name].tolist()) for name in ("target", "held_out", "oracle")}
+    assert [len(parts[name]) for name in ("target", "held_out", "oracle")] == [72, 18, 10]
+    assert len(set.union(*parts.values())) == 100
+    assert parts["target"] | parts["held_out"] == set(plain.parts["target"].tolist())
+    assert parts["oracle"] == set(plain.parts["oracle"].tolist())
+    batches = [batch for batch, *_ in data.train_dataloader()]
+    assert len(batches) == 3
+    for batch in batches:
+        made = data.on_after_batch_transfer(batch, 0)
+        assert set(made) == {"source", "target", "held_out"}
+        assert "label" not in made["held_out"]
+        assert made["held_out"]["image"].is_floating_point()
+        assert set(made["held_out"]["domain"].tolist()) == {1}
+
+
+def test_share_is_checked() -> None:
+    for share in (0.0, 1.0):
+        with pytest.raises(UserError, match=f"held_out={share}"):
+            HeldOutDomainData(**sources(), held_out=share)
