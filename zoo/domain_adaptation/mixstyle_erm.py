@@ -94,7 +94,9 @@ class MixStyle(DomainGeneralization):
         def after(layer: nn.Module, inputs: Any, output: Any) -> Any:
             if not self.training or torch.rand(()) >= self.probability:  # on the host
                 return None
-            if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(domain):
+            shape = output.shape if isinstance(output, Tensor) else ()
+            positions = shape[1] if len(shape) == 3 else shape[2] * shape[3] if len(shape) == 4 else 0
+            if positions < 2 or shape[0] != len(domain):
                 raise UserError(
                     f"MixStyle: what {type(layer).__name__} gives is no feature map; name a shallower layer"
                 )
