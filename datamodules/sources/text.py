@@ -133,7 +133,8 @@ class TextTable(TextSource):
         test: the test file; without one a stratified share of the training file, drawn by ``seed``, is held out.
         unlabeled: a file of further texts, whose labels, if any, are not read.
         text: the column of texts.
-        label: the column of labels.
+        label: the column of labels; ``null`` for texts without any, all of which are then training and test set: for
+            a target domain whose classes ``zoo predict`` is to say.
         classes: names in the order of the class numbers; found from the training file if not given.
         tokenizer: see :class:`TextSource`.
         vocabulary: largest number of ids.
@@ -150,7 +151,7 @@ class TextTable(TextSource):
         test: str | None = None,
         unlabeled: str | None = None,
         text: str = "text",
-        label: str = "label",
+        label: str | None = "label",
         classes: tuple[str, ...] | None = None,
         tokenizer: str = "words",
         vocabulary: int = 20_000,
@@ -188,6 +189,8 @@ class TextTable(TextSource):
     @property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the classes."""
+        if self.label is None:
+            return self._names or ()
         if self._names is None:
             found = {label for _, _, label in self._part("train") if label}
             if not found:
@@ -220,6 +223,9 @@ class TextTable(TextSource):
     def read(self) -> dict[str, Texts]:
         """Part to texts and labels."""
         texts, labels = self._numbered("train")
+        if self.label is None:
+            held = "train" if self.files["test"] is None else "test"
+            return {"train": (texts, labels), "test": self._numbered(held)}
         known = labels >= 0
         parts: dict[str, Texts] = {}
         loose = [text for text, has in zip(texts, known.tolist(), strict=True) if not has]
