@@ -20,14 +20,16 @@ SHAPES = {
     "STL10": (10, 96, 3),
 }
 TEXTS = {"Sentiment": 2}  # replaced by synthetic texts of as many classes
-TEXT_NETS = ("text_cnn", "bag_of_words")
+TEXT_NETS = ("text_cnn", "bag_of_words", "t5")
 SAMPLES = 600
 # Methods that mix samples of a batch or draw noise: two ranks cannot equal one, they must only agree with each other.
 RANDOM: set[str] = {
     "CRMatch",
+    "ContinuedPretraining",
     "DMixMatch",
     "DST",
     "DecoupledMixup",
+    "ITTA",
     "MetaPseudoLabels",
     "MixMatch",
     "NoisyStudent",
