@@ -89,6 +89,8 @@ class DomainPictures(Callback):
         data = _whole(trainer)
         if not isinstance(data, DomainData):
             raise UserError(f"DomainPictures: {type(data).__name__} has no source and target domain")
+        if data.source_free:
+            raise UserError(f"DomainPictures: {type(pl_module).__name__} must not see the source, which would be shown")
         if trainer.loggers:  # a test after a training has none of its own
             self._loggers = list(trainer.loggers)
 

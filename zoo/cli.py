@@ -227,8 +227,8 @@ class ZooCLI(LightningCLI):
         adapts = "target" in getattr(getattr(self.model, "card", None), "roles", ()) and sees_target(self.datamodule)
         if adapts and self.subcommand in ("fit", "validate"):
             yield "TransferValidation"
-        if self.subcommand in ("fit", "test"):
-            yield "DomainPictures"
+        if self.subcommand in ("fit", "test") and getattr(self.model, "source_views", None) != ():
+            yield "DomainPictures"  # they show the source, which a method without source views must not read
 
     def _default_callbacks(self, named: list[Callback], config: dict[str, Any]) -> Iterator[Callback]:
         """The callbacks of every run, where the config names none of that class."""

@@ -13,6 +13,7 @@ from zoo.core.heads import (
     Linear,
     NaiveBayes,
     Prototypes,
+    WeightNorm,
     equiangular,
     hadamard,
     orthonormal,
@@ -21,7 +22,7 @@ from zoo.core.heads import (
     welch_bound,
 )
 
-HEADS = [Linear, Cosine, MLP, EquiangularBasis, NaiveBayes, Prototypes]
+HEADS = [Linear, Cosine, MLP, EquiangularBasis, NaiveBayes, Prototypes, WeightNorm]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -31,7 +32,7 @@ def test_shapes_and_base_class(head):
     assert built(torch.randn(3, 6)).shape == (3, 4)
 
 
-@pytest.mark.parametrize("head", [Linear, Cosine, MLP, Prototypes])
+@pytest.mark.parametrize("head", [Linear, Cosine, MLP, Prototypes, WeightNorm])
 def test_every_parameter_learns(head):
     torch.manual_seed(0)
     built = head(6, 4)

@@ -1,15 +1,18 @@
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from callbacks import PseudoLabeler
+from callbacks import DomainPictures, PseudoLabeler
 from datamodules import Blobs, DomainData
 from zoo import SHOT, SourceOnly
+from zoo.cli import main
 from zoo.core.errors import UserError
 from zoo.core.heads import WeightNorm
 from zoo.core.necks import Bottleneck
@@ -56,6 +59,10 @@ def trainer(tmp_path, *callbacks: Any, **arguments: Any) -> Trainer:
     )  # fmt: skip
 
 
+class Readable(Blobs):
+    """A source by another name."""
+
+
 class Absent(Blobs):
     """A source that nobody may look at."""
 
@@ -70,7 +77,7 @@ def target(**arguments: Any) -> Blobs:
 
 
 def data(source: type = Absent) -> DomainData:
-    own = source(num_classes=3, size=28, channels=1, samples=120)
+    own = source(num_classes=3, size=28, channels=1, samples=60)
     return DomainData(own, target(), batch_size=10, steps=3, val_size=0.1)
 
 
@@ -131,7 +138,7 @@ def test_the_same_data_serves_source_and_adaptation_and_holds_the_same_target_ou
     trainer(tmp_path, max_steps=1).fit(method(), datamodule=again)
     assert torch.equal(again.split["oracle"], both["oracle"])
     other = DomainData(
-        Absent(num_classes=3, samples=120, size=28), Blobs(num_classes=3, samples=95, size=28), split=again.split_path
+        Absent(num_classes=3, size=28), Blobs(num_classes=3, samples=95, size=28), split=again.split_path
     )
     with pytest.raises(UserError, match="divides"):
         trainer(tmp_path, max_steps=1).fit(method(), datamodule=other)
@@ -209,3 +216,36 @@ def test_refusals(arguments, match) -> None:
         method(**arguments)
     with pytest.raises(UserError, match="label_smoothing=1"):
         method(SourceOnly, label_smoothing=1.0)
+
+
+def test_pictures_of_the_source_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="must not see the source"):
+        trainer(tmp_path, DomainPictures()).fit(method(), datamodule=data())
+
+
+def test_the_second_stage_of_the_pipeline_reads_no_source_image(tmp_path, monkeypatch) -> None:
+    """As the command line runs it, with all that it adds to a run, from the first stage's checkpoint."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    root = Path("configs")
+    stages = yaml.safe_load((root / "pipelines/shot_digits.yaml").read_text())["stages"]
+    own = {"num_classes": 10, "size": 28, "channels": 1, "samples": 60, "test_samples": 20}
+    names = [f"{__name__}.{kind.__name__}" for kind in (Readable, Absent)]
+    weights = None
+    for name, source in zip(("train_source", "train_adapted"), names, strict=True):
+        config = yaml.safe_load(Path(stages[name]["config"][0]).read_text())
+        config["data"]["init_args"] |= {
+            "source": {"class_path": source, "init_args": own},
+            "target": {"class_path": "Blobs", "init_args": {**own, "seed": 3}},
+            **{"steps": 2, "batch_size": 8, "val_size": 10},
+        }
+        config["trainer"]["max_epochs"] = 1
+        if weights:
+            assert stages[name]["overrides"] == {"model.network.weights": "${train_source.checkpoint}"}
+            config["model"]["init_args"]["network"]["init_args"]["weights"] = str(weights)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        folder = tmp_path / name
+        fit = ["fit", "-c", str(file), f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"]
+        main([*fit, "--trainer.devices=1", "--trainer.enable_progress_bar=false"])
+        weights = folder / "checkpoints" / "last.ckpt"
+        assert weights.is_file()

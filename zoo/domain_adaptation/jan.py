@@ -75,10 +75,11 @@ class JAN(DomainAdaptation):
         super().build()
         sizes = (self.network.num_features, self.num_classes) if self.adversarial else ()
         with torch.random.fork_rng(devices=[]):
-            self.maps = nn.ModuleList(nn.Linear(size, size) for size in sizes)
-        for linear in self.maps:
+            maps = [nn.Linear(size, size) for size in sizes]
+        for linear in maps:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
+        self.maps = nn.ModuleList(maps)
 
     def mapped(self, layers: list[Tensor]) -> list[Tensor]:
         """Layers of all ranks as the kernels see them: reversed behind a map it climbs, before it the features not."""

@@ -87,7 +87,8 @@ class SHOT(Method):
     def on_train_start(self) -> None:
         """Warn of a run that nobody gives pseudo-labels."""
         super().on_train_start()
-        if self.pseudo_label_weight and not any(hasattr(callback, "relabel") for callback in self.trainer.callbacks):
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        if self.pseudo_label_weight and not any(hasattr(callback, "relabel") for callback in callbacks):
             rank_zero_warn("SHOT: without a PseudoLabeler among the callbacks there are no pseudo-labels to learn")
 
     def labeling_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

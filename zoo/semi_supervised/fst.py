@@ -51,8 +51,8 @@ class FST(Wrapper):
     Batch: that of the inner method.
 
     Args:
-        method: the inner method, whose teacher must label: ``MeanTeacher``, ``FixMatch`` with ``labeler: teacher``, or
-            any other that is cut into ``student``, ``targets``, ``losses`` and ``learn``.
+        method: the inner method, whose teacher must label: ``MeanTeacher``, ``FixMatch`` with ``labeler: teacher``,
+            ``SelfEnsembling`` of domain adaptation, or any other :class:`~zoo.core.parts.InParts`.
         steps: K ≥ 0.
         mode: ``"deep"`` or ``"wide"``.
         restore: ``False`` follows the authors' code, in which only the parameters are restored: the optimizer's moments
