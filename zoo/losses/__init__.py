@@ -48,6 +48,7 @@ from zoo.losses.invariance import (
 from zoo.losses.kernel_ridge import kernel_ridge, reverse_loss
 from zoo.losses.logit_adjustment import adjust_logits
 from zoo.losses.margin_disparity import margin_disparity_loss
+from zoo.losses.masked_language import draw_spans, sequence_log_probabilities, span_corruption, token_loss
 from zoo.losses.mixup import mix, mixing_shares, sharpen
 from zoo.losses.mmd import Gaussian, joint_mmd, mmd
 from zoo.losses.nearest_neighbors import nearest_neighbor_loss
@@ -93,6 +94,7 @@ __all__ = [
     "domain_loss",
     "domain_means",
     "domain_rows",
+    "draw_spans",
     "entropy",
     "entropy_weights",
     "fairness_loss",
@@ -138,14 +140,17 @@ __all__ = [
     "round_groups",
     "scale_gradients",
     "self_adjusting_dice_loss",
+    "sequence_log_probabilities",
     "sharpen",
     "shrink_loss",
     "shrunk_space",
     "similarities",
     "soft_cross_entropy",
+    "span_corruption",
     "spectral_penalty",
     "squared_error",
     "stepwise_feature_norm",
+    "token_loss",
     "tsallis_confusion",
     "tsallis_entropy",
     "unfold",
