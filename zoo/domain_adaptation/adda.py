@@ -44,7 +44,7 @@ class ADDA(PartialSteps, Discriminating):
     Raises:
         UserError: for an argument out of its range.
 
-    Source: Tzeng et al. 2017, arXiv 1702.05464, equations 5-9. :math:`L_d` is halved, and both updates are one step, as
+    Source: Tzeng et al. 2017, arXiv 1702.05464, section 4. :math:`L_d` is halved, and both updates are one step, as
     in the authors' code.
     """
 

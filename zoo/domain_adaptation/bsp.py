@@ -34,7 +34,7 @@ class BSP(CDAN):
     Raises:
         UserError: for an argument out of its range.
 
-    Source: Chen et al. 2019, PMLR 97, equations 8-9, :math:`\beta` = 2e-4 and k = 1 of its section 4.
+    Source: Chen et al. 2019, PMLR 97; :math:`\beta` = 2e-4 and k = 1 as in TLlib.
     """
 
     card = Card(

@@ -33,7 +33,7 @@ class CDAN(Discriminating):
         **kwargs: see :class:`~zoo.domain_adaptation.adversarial.Discriminating`. Paper and TLlib pass the domains
             jointly.
 
-    Source: Long et al. 2018, arXiv 1705.10667, equations 3-8.
+    Source: Long et al. 2018, arXiv 1705.10667, section 3.
     """
 
     card = Card(

@@ -127,7 +127,7 @@ class MultilinearMap(nn.Module):
     Raises:
         UserError: for d < 1.
 
-    Source: Long et al. 2018, arXiv 1705.10667, equations 5-6, with the limit and d of its section 3.2 and its code.
+    Source: Long et al. 2018, arXiv 1705.10667, section 3, with the limit of 4096 and d = 1024.
     """
 
     def __init__(self, in_features: int, num_classes: int, limit: int = 4096, random_features: int = 1024) -> None:

@@ -44,7 +44,7 @@ class MCD(PartialSteps, DomainAdaptation):
         UserError: for an argument out of its range; before training, for ``accumulate_grad_batches``, 16-bit precision
             other than bfloat16, and sharded strategies.
 
-    Source: Saito et al. 2018, arXiv 1712.02560, equations 1-7; n = 4 as in its section 4.1.
+    Source: Saito et al. 2018, arXiv 1712.02560, section 3, steps A to C; n = 4 as in TLlib.
     """
 
     card = Card(

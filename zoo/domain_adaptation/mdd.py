@@ -39,8 +39,7 @@ class MDD(Adversarial):
     Raises:
         UserError: for an argument out of its range.
 
-    Source: Zhang et al. 2019, arXiv 1904.05801, equations 27-30; :math:`\gamma` = 4 and λ up to 0.1 as in its section 5
-    and in TLlib.
+    Source: Zhang et al. 2019, arXiv 1904.05801; :math:`\gamma` = 4 and λ up to 0.1 as in TLlib.
     """
 
     card = Card(

@@ -44,7 +44,8 @@ class ParetoDA(Wrapper):
     than the inner method. ``forward_pass: split`` costs least, as :math:`L_S` then leaves the target alone. Batch
     statistics do not see the held-out samples.
 
-    Batch: that of the inner method, and ``held_out`` {image} of the target: :class:`~datamodules.held_out.HeldOutDomainData`.
+    Batch: that of the inner method, and ``held_out`` {image} of the target, as
+    :class:`~datamodules.held_out.HeldOutDomainData` gives it.
 
     Args:
         method: the recipe of a method of ``source`` and ``target`` that passes both once a step and reports the loss of
@@ -58,7 +59,7 @@ class ParetoDA(Wrapper):
         UserError: for such an argument; before training, for sharded strategies; at the first step, without held-out
             samples, or if the inner method's step is of another kind.
 
-    Source: Lv et al. 2021, arXiv 2112.04137, section 4, equations 4-9.
+    Source: Lv et al. 2021, arXiv 2112.04137; the factor 3, so that equal weights are the sum, as in the authors' code.
     """
 
     card = Card(

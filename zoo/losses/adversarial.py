@@ -46,7 +46,7 @@ def inverted_domain_loss(target: Tensor) -> Tensor:
     Args:
         target: domain logits of target samples (B_t,).
 
-    Source: Tzeng et al. 2017, arXiv 1702.05464, eq. 7.
+    Source: Tzeng et al. 2017, arXiv 1702.05464, inverted labels in section 3.
     """
     return _mean_softplus(-target)
 
@@ -64,7 +64,8 @@ def entropy_weights(source_logits: Tensor, target_logits: Tensor) -> tuple[Tenso
     Returns:
         Weights (B_s,) and (B_t,), without a gradient.
 
-    Source: Long et al. 2018, arXiv 1705.10667, eq. 8; normalised as in TLlib, where both batches have one size.
+    Source: Long et al. 2018, arXiv 1705.10667, entropy conditioning; normalised as in TLlib, where both
+    batches have one size.
     """
     source, target = (1 + (-entropy(logits)).exp() for logits in (source_logits, target_logits))
     mean = mean_across_ranks(0.5 * (source.mean() + target.mean()))

@@ -16,7 +16,7 @@ def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:
         first: logits (B, C); taken to 32 bits or more.
         second: logits (B, C).
 
-    Source: Saito et al. 2018, arXiv 1712.02560, eq. 1.
+    Source: Saito et al. 2018, arXiv 1712.02560, section 3.
     """
     return (_probabilities(first) - _probabilities(second)).abs().mean()
 
@@ -31,7 +31,7 @@ def class_balance_loss(logits: Tensor) -> Tensor:
     Args:
         logits: (B, C); taken to 32 bits or more.
 
-    Source: Saito et al. 2018, arXiv 1712.02560, section 4.2, in the form of the authors' code.
+    Source: Saito et al. 2018, arXiv 1712.02560, as in TLlib's MCD.
     """
     mean = sum_with_gradient(_probabilities(logits).mean(dim=0)) / world_size()
     return -(mean + 1e-6).log().mean()

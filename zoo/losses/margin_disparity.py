@@ -28,7 +28,7 @@ def margin_disparity_loss(
     Returns:
         A scalar without a gradient for the main head.
 
-    Source: Zhang et al. 2019, arXiv 1904.05801, equations 28-30.
+    Source: Zhang et al. 2019, arXiv 1904.05801, the combined cross-entropy losses.
     """
     if target_adversary.element_size() < 4:
         source_adversary, target_adversary = source_adversary.float(), target_adversary.float()

@@ -23,7 +23,7 @@ def refined_log_probabilities(logits: Tensor, domains: Tensor) -> Tensor:
     Returns:
         :math:`\log \rho` (B, C), in at least 32 bits.
 
-    Source: Lv et al. 2021, Pareto Domain Adaptation, section 4.1.
+    Source: Lv et al. 2021, arXiv 2112.04137, target-prediction refinement and mimicking.
     """
     if logits.element_size() < 4:
         logits, domains = logits.float(), domains.float()
@@ -38,7 +38,7 @@ def mutual_information(log_probabilities: Tensor) -> Tensor:
     Args:
         log_probabilities: log p (B, C).
 
-    Source: Lv et al. 2021, Pareto Domain Adaptation, section 4.1.
+    Source: Lv et al. 2021, arXiv 2112.04137, target-prediction refinement and mimicking.
     """
     p = log_probabilities.exp()
     mean = sum_with_gradient(p.mean(dim=0)) / world_size()
@@ -57,8 +57,8 @@ def class_domain_loss(source: Tensor, target: Tensor, labels: Tensor, shares: Te
         labels: y (B_s,).
         shares: ρ (B_t, C), how much of each target sample is of each class; no gradient flows to them.
 
-    Source: Lv et al. 2021, Pareto Domain Adaptation, section 4.1. The authors' code masks the whole batch by the last
-    sample's label.
+    Source: Lv et al. 2021, arXiv 2112.04137, target-prediction refinement. The authors' code masks the whole
+    batch by the last sample's label.
     """
     if source.element_size() < 4:
         source, target = source.float(), target.float()

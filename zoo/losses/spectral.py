@@ -15,7 +15,7 @@ def spectral_penalty(features: Tensor, directions: int = 1) -> Tensor:
         features: F (B, D), one sample a row; taken to 32 bits or more. The rows of all ranks count as one batch.
         directions: k; at most min(B, D) exist.
 
-    Source: Chen et al. 2019, PMLR 97, eq. 8.
+    Source: Chen et al. 2019, PMLR 97, batch spectral penalization.
     """
     features = gather_with_gradient(features)
     with torch.autocast(features.device.type, enabled=False):

@@ -39,7 +39,7 @@ def pareto_weights(products: Tensor, guide: Tensor | None = None, guided: Tensor
     Returns:
         w (m,), float64, not negative, with sum 1.
 
-    Source: Lv et al. 2021, Pareto Domain Adaptation, equations 6-7; after Mahapatra and Rajan 2020 (EPO search).
+    Source: Lv et al. 2021, arXiv 2112.04137, dynamic preference; after Mahapatra and Rajan 2020 (EPO search).
     """
     products = products.double()
     m = len(products)
