@@ -11,10 +11,12 @@ from callbacks.prediction_writer import PredictionWriter
 from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.pseudo_labeler import PseudoLabeler
 from callbacks.run_summary import RunSummary
+from callbacks.swad import SWAD
 from callbacks.throughput import Throughput
 from callbacks.transfer_validation import TransferValidation
 
 __all__ = [
+    "SWAD",
     "DomainPictures",
     "EMATeacher",
     "FewShotEvaluation",

@@ -216,6 +216,8 @@ class RunSummary(Callback):
             found.setdefault("duration_seconds", {})[stage] = round(seconds, 3)
             return found
         metrics.update(self._tested)
+        for callback in _callbacks(trainer):  # what a callback measured of its own result at the end of the fit
+            metrics.update(getattr(callback, "fit_metrics", {}))
         metrics.update({f"best/{name}": entry["value"] for name, entry in self.best.items()})
         baseline = _baseline(trainer)
         if baseline is not None and baseline.results:

@@ -214,7 +214,7 @@ def test_group_weights_move_first_and_then_weigh() -> None:
     loss = made.training_step(b, 0)
     assert loss.item() == pytest.approx(sum(w * r.item() for w, r in zip(weights, risks, strict=True)), rel=1e-7)
     assert made.weights.tolist() == pytest.approx(weights, rel=1e-6)
-    made.rate = 20.0
+    made.rate = 1000.0
     for _ in range(10):
         made.training_step(b, 0)
     assert made.weights.argmax().item() == max(range(S), key=lambda s: risks[s])
