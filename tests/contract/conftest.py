@@ -30,8 +30,11 @@ RANDOM: set[str] = {
     "DST",
     "DecoupledMixup",
     "ITTA",
+    "InterDomainMixup",
+    "MLDG",
     "MetaPseudoLabels",
     "MixMatch",
+    "MixStyle",
     "NoisyStudent",
     "ReMixMatch",
     "VAT",
@@ -125,6 +128,8 @@ def without_batch_norm() -> Callable[[str], None]:
                 continue
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
+        if config["model"]["class_path"] == "MixStyle":
+            config["model"]["init_args"]["layers"] = ["blocks.0"]
         if config["model"]["class_path"] in ("ShrinkMatch", "ShrinkSimMatch"):
             config["model"]["init_args"]["auxiliary"] = {"class_path": "MLP"}
         Path(file).write_text(yaml.safe_dump(config))
