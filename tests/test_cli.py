@@ -1,6 +1,7 @@
 """The command line from outside: what is typed, what is said, what lies on disk afterwards."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -467,3 +468,82 @@ def test_a_null_inside_a_recipe_is_null(toys):
     assert (
         cli.main(["fit", "-c", "named.yaml", "--model.network.weights=null"]) == 0
     )  # "None" would be sought as a file
+
+
+# --- adapting while tested --------------------------------------------------------------------------------------------
+
+ADAPTING = """
+model:
+  class_path: {0}
+  init_args:
+    network: {{class_path: Network, init_args: {{backbone: tiny_cnn, in_channels: 1, arguments: {{width: 4}}}}}}
+    {1}
+data:
+  class_path: DomainData
+  init_args:
+    source: {{class_path: Blobs, init_args: {{num_classes: 3, size: 12, channels: 1, samples: 60, test_samples: 30}}}}
+    target: {{class_path: Blobs, init_args: {{num_classes: 3, size: 12, channels: 1, samples: 60, test_samples: 30}}}}
+    batch_size: 8
+    steps: 2
+    val_size: 12
+    eval_batch_size: 10
+trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}}
+"""
+
+
+@pytest.fixture
+def source_trained(tmp_path, monkeypatch):
+    """A run that knows nothing of adaptation: its last checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source.yaml").write_text(ADAPTING.format("SourceOnly", ""))
+    assert cli.main(["fit", "-c", "source.yaml"]) == 0
+    yield str(tmp_path / "runs" / "source" / "checkpoints" / "last.ckpt")
+    run_folder.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Tent", ""),
+        ("AdaptiveBatchNorm", "whole_set: true"),
+        ("T3A", "supports: 5"),
+        ("EATA", "adaptation_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.01}}"),
+        ("SAR", "collapse: 0.0"),
+        ("ITTA", "adaptation_weight: 1.0"),
+    ],
+)
+def test_a_network_trained_otherwise_adapts_when_tested(source_trained, name, more, capsys):
+    Path("adapting.yaml").write_text(ADAPTING.format(name, more))
+    before = Path(source_trained).read_bytes()
+    capsys.readouterr()
+    argv = ["-c", "adapting.yaml", "--model.network.weights", source_trained]
+    metrics = []
+    for _ in range(2):
+        assert cli.main(["test", *argv]) == 0
+        metrics.append(json.loads(Path("runs/adapting/metrics.json").read_text())["metrics"])
+    assert metrics[0] == metrics[1]
+    assert {"test/accuracy", "unadapted/accuracy"} <= metrics[0].keys()
+    out = capsys.readouterr().out
+    assert "unadapted/accuracy" in out
+    assert cli.main(["predict", *argv]) == 0
+    assert len(Path("runs/adapting/predictions.csv").read_text().splitlines()) == 31
+    assert Path(source_trained).read_bytes() == before
+
+
+def test_a_whole_run_adapts_at_its_end_and_its_checkpoint_again(source_trained):
+    Path("adapting.yaml").write_text(ADAPTING.format("Tent", ""))
+    assert cli.main(["fit", "-c", "adapting.yaml"]) == 0
+    checkpoint = "runs/adapting/checkpoints/last.ckpt"
+    names = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(name.startswith("network.") for name in names)
+    assert cli.main(["test", "--ckpt_path", checkpoint]) == 0
+    assert "unadapted/accuracy" in json.loads(Path("runs/adapting/metrics.json").read_text())["metrics"]
+
+
+def test_weights_without_a_head_are_not_tested(source_trained, capsys):
+    Path("adapting.yaml").write_text(ADAPTING.format("Tent", ""))
+    capsys.readouterr()
+    argv = ["test", "-c", "adapting.yaml", "--model.network.weights", source_trained]
+    assert "needs --ckpt_path" in refused(capsys, *argv, "--model.network.weights_part", "backbone")
+    message = refused(capsys, *argv[:-1], "no_such.ckpt")
+    assert "no_such.ckpt" in message

@@ -111,7 +111,8 @@ class Statistics:
     def __init__(self, layer: _BatchNorm, prior: float) -> None:
         if layer.running_mean is None and prior:
             raise UserError(f"AdaptiveBatchNorm: prior={prior} mixes with running averages, which BatchNorm lacks here")
-        self.prior, self.source = prior, (layer.running_mean, layer.running_var)
+        self.prior = prior
+        self.source: tuple[Any, ...] = (layer.running_mean, layer.running_var)
         self.number = self.mean = self.variance = torch.zeros(())  # a number on the CPU goes with any device
         self.surveys = self.done = False
         layer.register_forward_pre_hook(self)

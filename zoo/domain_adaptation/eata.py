@@ -138,11 +138,11 @@ class EATA(GradientAdaptation):
         """1 for samples (B,) that are reliable and not redundant, else 0; the average follows them."""
         p, entropies = (logits.float() if logits.element_size() < 4 else logits).softmax(dim=1), entropy(logits)
         chosen = (entropies < self.entropy_margin * math.log(self.num_classes)).to(p)
-        known = self.average is not None
-        if known and self.redundancy_margin is not None:
-            chosen = chosen * (cosine_similarity(p, self.average.unsqueeze(0)).abs() < self.redundancy_margin)
+        average = self.average
+        if average is not None and self.redundancy_margin is not None:
+            chosen = chosen * (cosine_similarity(p, average.unsqueeze(0)).abs() < self.redundancy_margin)
         number = sum_across_ranks(chosen.sum())
         if number > 0:
             mean = sum_across_ranks(chosen @ p) / number
-            self.average = torch.lerp(mean, self.average, 0.9) if known else mean
+            self.average = mean if average is None else torch.lerp(mean, average, 0.9)
         return chosen

@@ -104,7 +104,7 @@ class TestTimeAdaptation(Method):
         """Begin anew from what was trained."""
         with torch.inference_mode(False):
             trained: Any = self.predictor
-            network = copy.deepcopy(trained.module if isinstance(trained, Frozen) else trained)
+            network: Any = copy.deepcopy(trained.module if isinstance(trained, Frozen) else trained)
             network.requires_grad_(False).eval()
             self._now = Adapting(network, self.prepare_copy(network))
             for parameter in self.now.named.values():
