@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -149,15 +150,16 @@ class DomainPictures(Callback):
         pl_module.log("domain/a_distance", distance, batch_size=1, rank_zero_only=False)
         accuracy = {name: _recall(counts[name]) for name in ("source", "target", *ADAPTED) if name in counts}
         self.domain_reports[self.weights] = {"a_distance": distance, "accuracy": accuracy}
+        folder = run_folder(trainer)  # on all ranks: it is a collective
         if self.picture and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             domains[f"{data.target.name}, target"] = target
-            self._draw(trainer, pl_module, domains, accuracy, distance)
+            self._draw(trainer, pl_module, folder, domains, accuracy, distance)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, domains: Any, accuracy: Any, distance: float) -> None:
-        folder, data = run_folder(trainer), _whole(trainer)
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, folder: Path, *found: Any) -> None:
+        domains, accuracy, distance = found
         name = "domains" if self.weights == "last" else f"domains_{self.weights}"
         title = f"{type(pl_module).__name__} · {folder.name}" + ("" if self.weights == "last" else f" · {self.weights}")
-        figure = draw_domains(domains, accuracy, data.classes, title, distance, self.projection, self.seed)
+        figure = draw_domains(domains, accuracy, _whole(trainer).classes, title, distance, self.projection, self.seed)
         write_atomically(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=110))
         show(figure, trainer.loggers or self._loggers, trainer.global_step, name)
 
@@ -309,9 +311,11 @@ def _shown_classes(labels: Tensor, count: int) -> list[int]:
 
 def _scatter(axis: Any, points: Tensor, order: Tensor, domain: Tensor, colours: Sequence[str], target: int) -> None:
     """Circles for sources, triangles for the target, drawn in turns."""
-    for part in order.tensor_split(20):
+    for part in order.tensor_split(8):
         for is_target, marker in ((False, "o"), (True, "^")):
             rows = part[(domain[part] == target) == is_target]
+            if not len(rows):
+                continue
             x, y = points[rows].unbind(dim=1)
             axis.scatter(x, y, s=14, c=[colours[row] for row in rows], marker=marker, linewidths=0, alpha=0.7)
     axis.set_xticks([])
