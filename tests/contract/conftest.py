@@ -32,6 +32,7 @@ RANDOM: set[str] = {
     "ITTA",
     "InterDomainMixup",
     "MLDG",
+    "MetaDMoE",
     "MetaPseudoLabels",
     "MixMatch",
     "MixStyle",
@@ -108,6 +109,9 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
         model["network"] = small_network(model["network"])
         if "teacher" in model:
             model["allow_untrained_teacher"] = True
+        if "experts" in model:
+            model["allow_untrained_experts"] = True
+            data["batch_size"] *= 2  # every domain has two kinds of samples, on two ranks, too
         file = tmp_path / path.name
         file.write_text(yaml.safe_dump(config))
         return file
@@ -121,13 +125,16 @@ def without_batch_norm() -> Callable[[str], None]:
 
     def replace(file: str) -> None:
         config = yaml.safe_load(Path(file).read_text())
-        for key in {"network", "teacher"} & config["model"]["init_args"].keys():
-            arguments = config["model"]["init_args"][key]["init_args"]
+        model = config["model"]["init_args"]
+        networks = [model[key] for key in sorted({"network", "teacher"} & model.keys())] + model.get("experts", [])
+        for arguments in (network["init_args"] for network in networks):
             if arguments.get("backbone") in TEXT_NETS:
                 arguments["dropout"] = 0.0  # they have no norm, but every rank has its own draw
                 continue
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
+            if neck := arguments.get("neck"):
+                neck["init_args"] = {**neck.get("init_args", {}), "norm": False}
         if config["model"]["class_path"] == "MixStyle":
             config["model"]["init_args"]["layers"] = ["blocks.0"]
         if config["model"]["class_path"] in ("ShrinkMatch", "ShrinkSimMatch"):

@@ -167,6 +167,15 @@ def test_entropy_of_afn_is_the_targets() -> None:
     assert torch.allclose(terms["entropy"], 0.1 * entropy(made.network(b["target"]["image"])).mean())
 
 
+def test_coral_of_the_logits() -> None:
+    b = batch()
+    made = method(DeepCORAL, layer="logits", form="moments")
+    _, terms = loss_and_terms(made, b)
+    wanted = coral(made.network(b["source"]["image"]), made.network(b["target"]["image"]), "moments")
+    assert wanted > 0
+    assert torch.allclose(terms["alignment"], wanted)
+
+
 def test_what_was_published_with_each_domain_by_itself() -> None:
     assert [method(cls).forward_pass for cls in METHODS] == ["split", "joint", "split", "split", "joint"]
 
