@@ -406,6 +406,35 @@ def test_default_callbacks_are_added_once(toys, monkeypatch):
     assert "ModelCheckpoint" in names
 
 
+DOMAINS = """
+model:
+  class_path: METHOD
+  init_args: {network: {class_path: Network, init_args: {backbone: tiny_cnn, in_channels: 1}}}
+data:
+  class_path: DATA
+  init_args: {source: [{class_path: Blobs}], target: {class_path: Blobs}, steps: 2, batch_size: 8}
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "validates"),
+    [("DANN", "DomainData", True), ("SourceOnly", "DomainData", False), ("SourceOnly", "GeneralizationData", False)],
+)
+def test_validators_and_pictures_where_there_are_domains(tmp_path, monkeypatch, method, data, validates):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "domains.yaml").write_text(DOMAINS.replace("METHOD", method).replace("DATA", data))
+    callbacks = trainer_of(monkeypatch, "fit", "-c", "domains.yaml").callbacks
+    names = [type(c).__name__ for c in callbacks]
+    assert ("TransferValidation" in names) == validates
+    assert names.count("DomainPictures") == 1
+    names = [
+        type(c).__name__ for c in trainer_of(monkeypatch, "test", "-c", "domains.yaml", "--untrained=true").callbacks
+    ]
+    assert "TransferValidation" not in names
+    assert names.count("DomainPictures") == 1
+
+
 def test_named_logger_and_plugins_are_respected(toys, monkeypatch):
     typed = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"]
     trainer = trainer_of(monkeypatch, "fit", "-c", "toy.yaml", *typed)
@@ -509,7 +538,7 @@ def source_trained(tmp_path, monkeypatch):
         ("T3A", "supports: 5"),
         ("EATA", "adaptation_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.01}}"),
         ("SAR", "collapse: 0.0"),
-        ("ITTA", "adaptation_weight: 1.0"),
+        ("ITTA", "adaptation_optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}"),
     ],
 )
 def test_a_network_trained_otherwise_adapts_when_tested(source_trained, name, more, capsys):

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -85,7 +86,7 @@ class ITTA(GradientAdaptation):
         adaptation_weight: float = 1e-6,
         stages: list[str] | None = None,
         freeze_batch_norm: bool = True,
-        adaptation_optimizer: Any = lambda p: torch.optim.Adam(p, lr=5e-6),
+        adaptation_optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=5e-6),
         lr_multipliers: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
