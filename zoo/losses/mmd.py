@@ -162,8 +162,8 @@ def _along_pairs(layers: list[tuple[Tensor, Tensor, Tensor, Gaussian]], n: int, 
 
     def mean(left: int, rows: Tensor, right: int, columns: Tensor) -> Tensor:
         values = [
-            _values((layer[left][rows] - layer[right][columns]).square().sum(dim=1), layer[2], layer[3])
-            for layer in layers
+            _values(((x, y)[left][rows] - (x, y)[right][columns]).square().sum(dim=1), variance, kernel)
+            for x, y, variance, kernel in layers
         ]
         return _product(values).mean()
 
