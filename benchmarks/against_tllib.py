@@ -160,6 +160,7 @@ def ours(
     forward_pass: str = "joint",
     channels_last: bool = True,
     precision: str = "32-true",
+    fused: bool = True,
     pareto: bool = False,
 ) -> dict[str, float]:
     """The same step as ``zoo fit`` makes it, with every callback of a run.
@@ -172,6 +173,7 @@ def ours(
         forward_pass: see :class:`zoo.domain_adaptation.base.DomainAdaptation`.
         channels_last: memory format of the network.
         precision: the Trainer's.
+        fused: torch's SGD in one pass over the weights, the same update.
         pareto: the method within ParetoDA, whose held-out batch is as large as the others.
     """
     from lightning.pytorch import Callback
@@ -184,7 +186,7 @@ def ours(
     from zoo.core.schedules import InverseDecayLR
 
     labels = torch.arange(SAMPLES) % CLASSES
-    domains = [
+    source, target = (
         ArraySource(
             CLASSES,
             images=pixels,
@@ -195,8 +197,8 @@ def ours(
             channels=3,
         )
         for pixels in (images(0, size), images(1, size))
-    ]
-    data = (HeldOutDomainData if pareto else DomainData)(*domains, batch_size=batch_size, steps=steps, val_size=0)
+    )
+    data = (HeldOutDomainData if pareto else DomainData)(source, target, batch_size=batch_size, steps=steps, val_size=0)
     width = 1024 if method == "MDD" else 256
     neck = partial(Bottleneck, width=width, dropout=0.5 if method == "MDD" else 0.0)
     network: dict[str, Any] = {"backbone": "resnet18", "neck": neck, "channels_last": channels_last}
@@ -207,7 +209,7 @@ def ours(
     made = (partial(zoo.ParetoDA, method=kind) if pareto else kind)(
         network=partial(Network, **network),
         num_classes=CLASSES,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=fused),
         scheduler=InverseDecayLR,
         lr_multipliers={"network.backbone": 0.1},
     )

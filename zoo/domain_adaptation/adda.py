@@ -96,7 +96,8 @@ class ADDA(PartialSteps, Discriminating):
         if not self._adapting:
             return self.report(source=cross_entropy(self.network(source["image"]), source["label"])) + self.at_rest()
         with torch.no_grad():
-            source_features = self.source_network.module.features(source["image"])
+            frozen: Any = self.source_network.module
+            source_features = frozen.features(source["image"])
         terms = self.alignment(source_features, self.network.features(target["image"]), source_features)
         return self.report(**terms) + self.at_rest()
 

@@ -56,7 +56,8 @@ class CDAN(Discriminating):
     def build_discriminator(self) -> None:
         """The map and the discriminator of its output."""
         self.map: Any = self.map_recipe(self.network.num_features, self.num_classes)
-        self.discriminator = self.discriminator_recipe(self.map.num_features)
+        size: Any = self.map.num_features
+        self.discriminator = self.discriminator_recipe(size)
 
     def alignment(self, source: Tensor, target: Tensor, source_logits: Tensor) -> dict[str, Tensor]:
         """Confuse the discriminator of features and predictions."""

@@ -130,6 +130,9 @@ class MultilinearMap(nn.Module):
     Source: Long et al. 2018, arXiv 1705.10667, section 3, with the limit of 4096 and d = 1024.
     """
 
+    of_features: Tensor
+    of_classes: Tensor
+
     def __init__(self, in_features: int, num_classes: int, limit: int = 4096, random_features: int = 1024) -> None:
         super().__init__()
         if random_features < 1:
