@@ -111,26 +111,26 @@ class ParetoDA(Wrapper):
         mimicking = -mutual_information(refined)
         with frozen_batch_norm(self.method):
             features = self.network.features(x)
-            own = self.method.class_discriminators(features.detach())
+            with torch.no_grad():
+                own = self.method.class_discriminators(features)
             unseen = refined_log_probabilities(self.network.logits(features), own)
             guide = math.log(self.num_classes) - mutual_information(unseen)
 
         shared, others = self.shared_and_others()
         losses = [label_loss, alignment, mimicking, guide]
-        found = [gradients_of(loss, shared + others * (i < 2)) for i, loss in enumerate(losses)]
-        rows = torch.stack([torch.cat([g.flatten() for g in gradients[: len(shared)]]) for gradients in found])
+        plain = gradients_of(label_loss + alignment + class_domains, others)  # stops at the features
+        rows = torch.stack([torch.cat([g.flatten() for g in gradients_of(loss, shared)]) for loss in losses])
         rows = mean_across_ranks(rows)  # before the program, or every rank has its own weights
         products = rows[:3] @ rows.T
         counts = mean_across_ranks(guide.detach()) > self.tolerance if self.guided else False
         weights = pareto_weights(products[:, :3], products[:, 3], counts)
         direction = 3.0 * weights.to(rows.dtype) @ rows[:3]
         moves = [part.view_as(p) for part, p in zip(direction.split([p.numel() for p in shared]), shared, strict=True)]
-        plain = (gradients_of(class_domains, others), found[0][len(shared) :], found[1][len(shared) :])
         terms |= {"source": label_loss, "mimicking": mimicking, "class_domains": class_domains}
         weight = dict(zip(("weight_source", "weight_alignment", "weight_mimicking"), weights, strict=True))
         self.observe(guide=guide, **weight)
         loss = self.method.report(**terms)
-        return with_gradients(loss, shared + others, moves + [reduce(add, each) for each in zip(*plain, strict=True)])
+        return with_gradients(loss, shared + others, moves + plain)
 
     def ask(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The inner method's terms, and the features of both domains that it made on the way."""
