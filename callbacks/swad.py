@@ -37,13 +37,13 @@ class SWAD(Callback):
 
     BatchNorm's running averages are found anew for the averaged weights, from images of the first role of training
     batches. What comes out is ``checkpoints/swad.ckpt``, for ``zoo test`` and ``network.weights``, and
-    ``swad/test/…`` in
-    ``metrics.json``; the module itself ends with the weights of the last step. All parameters are averaged, a teacher's
-    as well. Everything is in the checkpoints of the run, so that a resumed one goes on where it was.
+    ``swad/test/…`` in ``metrics.json``; the module itself ends with the weights of the last step. All parameters are
+    averaged, a teacher's as well. Everything is in the checkpoints of the run, so that a resumed one goes on where it
+    was.
 
     Where the paper and the authors' code differ, this is the paper's algorithm. The code puts a segment in twice where
     the valley begins within the first :math:`N_e` evaluations, and overwrites the segment it began with. Where no
-    valley was found, the steps since the evaluation before the last are averaged, as in the code, with a warning.
+    valley was found, the last segment between evaluations is averaged, as in the code, with a warning.
 
     Args:
         converge: :math:`N_s` ≥ 1, evaluations after which a loss counts as the lowest.

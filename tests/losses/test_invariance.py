@@ -61,14 +61,14 @@ def test_irm_penalty_and_its_gradient_are_those_of_two_derivatives(estimator) ->
 
 
 def test_product_of_halves_is_right_on_average_and_may_be_negative() -> None:
-    z = torch.randn(40_000, 2, dtype=torch.float64, generator=GENERATOR)
-    y = torch.randint(2, (40_000,), generator=GENERATOR)
+    z = torch.randn(4_000, 2, dtype=torch.float64, generator=GENERATOR)
+    y = torch.randint(2, (4_000,), generator=GENERATOR)
     truth = scale_gradients(z, y).mean().square()
-    domain = torch.arange(40_000) // 4  # 10,000 draws of four samples
-    unbiased, squared = (irm_penalty(z, y, domain, 10_000, how)[0] for how in ("unbiased", "squared"))
-    error = (unbiased.std() / 100).item()
+    domain = torch.arange(4_000) // 4  # 1,000 draws of four samples
+    unbiased, squared = (irm_penalty(z, y, domain, 1_000, how)[0] for how in ("unbiased", "squared"))
+    error = (unbiased.std() / 1_000**0.5).item()
     assert abs(unbiased.mean() - truth) < 3 * error
-    assert squared.mean() - truth > 6 * error
+    assert squared.mean() - truth > 4 * error
     assert unbiased.min() < 0 <= squared.min()
 
 
