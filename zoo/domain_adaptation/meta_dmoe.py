@@ -162,7 +162,8 @@ class MetaDMoE(TestTimeAdaptation):
     @torch.no_grad()
     def tokens(self, x: Any) -> Tensor:
         """Features of all experts (B, N, D)."""
-        return torch.stack([expert.module.features(x) for expert in self.experts], dim=1)  # type: ignore[union-attr]
+        experts: Any = self.experts
+        return torch.stack([expert.module.features(x) for expert in experts], dim=1)
 
     def masked(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, D) of all domains without those of the expert that knows the domain."""
@@ -233,7 +234,7 @@ class MetaDMoE(TestTimeAdaptation):
             gradients = averaged_gradients(dict(zip(named, found, strict=True)))
             with torch.no_grad():
                 for name, parameter in named.items():
-                    parameter -= self.inner_lr * gradients[name]
+                    parameter.sub_(self.inner_lr * gradients[name])
         with torch.no_grad():
             return self.adapted(x)
 

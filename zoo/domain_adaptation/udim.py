@@ -110,11 +110,12 @@ class UDIM(DomainAdaptation):
         perturbed, climb = self.perturb(x, self.step_size, lambda free: self.objective(free, labels, parameters))
         above = {name: parameters[name] + step for name, step in climb.items()}
         source = self.loss_above(above, x, labels)
+        head: Any = self.network.head
         with frozen_batch_norm(self.network):
             h, h_perturbed = self.both(x, perturbed, lambda x: self.network.dropout(self.network.features(x)))
             with torch.autocast(x.device.type, enabled=False):
-                z, z_perturbed = (self.network.head(f.to(self.network.head.weight.dtype)) for f in (h, h_perturbed))
-        bias = self.network.head.bias is not None
+                z, z_perturbed = (head(f.to(head.weight.dtype)) for f in (h, h_perturbed))
+        bias = head.bias is not None
         variance = gradient_variance_gap((h, z), (h_perturbed, z_perturbed), labels, bias)
         size = gradient_size(h_perturbed, z_perturbed, labels, bias)
         self.observe(variance_gap=variance, gradient_size=size)
