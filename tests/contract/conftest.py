@@ -131,6 +131,8 @@ def without_batch_norm() -> Callable[[str], None]:
             if arguments.get("backbone") in TEXT_NETS:
                 arguments["dropout"] = 0.0  # they have no norm, but every rank has its own draw
                 continue
+            if arguments.get("backbone") == "tiny_mlp":
+                continue  # it has LayerNorm, and no patches that must tile the image
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
             if neck := arguments.get("neck"):
