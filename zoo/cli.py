@@ -265,14 +265,19 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
 
 
 def _has_weights(config: Namespace) -> bool:
-    """Whether the network brings weights of a whole trained network, so that there is something to test."""
+    """Whether the network brings weights of a whole trained network, so that there is something to test.
+
+    Raises:
+        UserError: for a file that is not there.
+    """
     network = flatten(config.get("model") or Namespace())
     weights = str(network.get("init_args.network.init_args.weights") or "")
-    return (
-        bool(weights)
-        and Path(weights).exists()
-        and network.get("init_args.network.init_args.weights_part") != "backbone"
-    )
+    path = Path(weights).expanduser()
+    if path.suffix in (".ckpt", ".safetensors", ".pt", ".pth", ".bin") and not path.exists():
+        raise UserError(
+            f"--model.network.weights: no file {weights!r}.{suggest(weights, map(str, catalog.checkpoints()))}"
+        )
+    return bool(weights) and path.exists() and network.get("init_args.network.init_args.weights_part") != "backbone"
 
 
 def _no_checkpoint(subcommand: str) -> str:
