@@ -17,8 +17,7 @@ from zoo.core.errors import UserError
 from zoo.core.heads import WeightNorm
 from zoo.core.necks import Bottleneck
 from zoo.core.network import Network
-from zoo.domain_adaptation.shot import centroid_labels
-from zoo.losses import information_maximization
+from zoo.losses import centroid_labels, information_maximization
 
 NETWORK = partial(
     Network, backbone="lenet", in_channels=1, head=WeightNorm, neck=partial(Bottleneck, width=16, relu=False)

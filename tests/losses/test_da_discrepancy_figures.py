@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.domain_adaptation.shot import centroid_labels
 from zoo.losses import (
     Gaussian,
+    centroid_labels,
     class_balance,
     class_confusion,
     coral,

@@ -5,15 +5,15 @@ Liang, Hu and Feng, ICML 2020, https://arxiv.org/abs/2002.08546
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
 from zoo.core.errors import UserError, suggest
 from zoo.core.method import Method
+from zoo.losses.centroids import centroid_labels
 from zoo.losses.information import information_maximization
 
 
@@ -23,9 +23,9 @@ class SHOT(Method):
     .. math:: L = \lambda \Big( \tfrac1B \sum_b H(p_b) - H(\bar p) \Big) + \beta \tfrac1B \sum_b H(\hat y_b, p_b)
 
     Predictions become certain and diverse; the pseudo-labels :math:`\hat y` are those of the nearest class centroid
-    among the features of the whole target, see :func:`centroid_labels`. A ``PseudoLabeler`` among the callbacks makes
-    them, in evaluation mode, once an epoch, where the authors' 15 intervals of 15 epochs make them. The mean prediction
-    :math:`\bar p` is that of all ranks. No source is loaded.
+    among the features of the whole target, see :func:`~zoo.losses.centroids.centroid_labels`. A ``PseudoLabeler`` among
+    the callbacks makes them, in evaluation mode, once an epoch, where the authors' 15 intervals of 15 epochs make them.
+    The mean prediction :math:`\bar p` is that of all ranks. No source is loaded.
 
     Start from a network that :class:`~zoo.domain_adaptation.source_only.SourceOnly` has trained with
     ``label_smoothing: 0.1``: ``network: {init_args: {weights: FILE}}``, with the same head, in the paper
@@ -113,37 +113,3 @@ class SHOT(Method):
             information=self.information_weight * information,
             pseudo_label=self.pseudo_label_weight * (weights * losses).mean(),
         )
-
-
-def centroid_labels(
-    features: Tensor, probabilities: Tensor, distance: Literal["cosine", "euclidean"] = "cosine", min_count: int = 0
-) -> Tensor:
-    r"""The class of the nearest centroid, of samples that define the centroids themselves.
-
-    .. math:: c_k = \frac{\sum_i a_{ik} f_i}{\sum_i a_{ik}}, \qquad \hat y_i = \arg\min_k d(f_i, c_k)
-
-    twice: first with the probabilities as a, then with the labels found. A class that nobody predicts has no centroid.
-    For the cosine distance a 1 is appended to the features, which are then scaled to length 1, as in the code.
-
-    Args:
-        features: f (N, D).
-        probabilities: (N, C).
-        distance: d.
-        min_count: classes that as many samples or fewer are predicted to be of have no centroid.
-
-    Returns:
-        Labels (N,).
-
-    Source: Liang et al. 2020, arXiv 2002.08546, equations 4-6; ``obtain_label`` of the authors' code.
-    """
-    shares, labels, classes = probabilities, probabilities.argmax(dim=1), probabilities.shape[1]
-    cosine = distance == "cosine"
-    if cosine:
-        features = normalize(torch.cat([features, features.new_ones(len(features), 1)], dim=1), dim=1)
-    for _ in range(2):
-        centroids = shares.T @ features / (shares.sum(dim=0)[:, None] + 1e-8)
-        away = -features @ normalize(centroids, dim=1).T if cosine else torch.cdist(features, centroids)
-        counts = torch.bincount(labels, minlength=classes)
-        labels = away.masked_fill(counts <= min_count, torch.inf).argmin(dim=1)
-        shares = one_hot(labels, classes).to(features.dtype)
-    return labels

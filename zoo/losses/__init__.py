@@ -2,6 +2,7 @@
 
 from zoo.losses.adversarial import domain_accuracy, domain_loss, entropy_weights, inverted_domain_loss
 from zoo.losses.annealing import annealed_cross_entropy, annealing_threshold, mean_of_kept
+from zoo.losses.centroids import centroid_labels
 from zoo.losses.class_balance import class_balance
 from zoo.losses.class_confusion import certainty_weights, class_confusion
 from zoo.losses.classifier_discrepancy import class_balance_loss, classifier_discrepancy
@@ -72,6 +73,7 @@ __all__ = [
     "annealing_threshold",
     "blend",
     "boxes",
+    "centroid_labels",
     "certainty_weights",
     "class_balance",
     "class_balance_loss",
