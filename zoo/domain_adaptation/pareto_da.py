@@ -121,7 +121,7 @@ class ParetoDA(Wrapper):
         plain = gradients_of(label_loss + alignment + class_domains, others)  # stops at the features
         rows = torch.stack([torch.cat([g.flatten() for g in gradients_of(loss, shared)]) for loss in losses])
         rows = mean_across_ranks(rows)  # before the program, or every rank has its own weights
-        products = rows[:3] @ rows.T
+        products = torch.stack([rows @ row for row in rows[:3]])
         counts = mean_across_ranks(guide.detach()) > self.tolerance if self.guided else False
         weights = pareto_weights(products[:, :3], products[:, 3], counts)
         direction = 3.0 * weights.to(rows.dtype) @ rows[:3]
