@@ -210,7 +210,7 @@ def test_no_best_without_a_validation(method, points, trainer, tmp_path) -> None
     assert "best_checkpoint" not in found
 
 
-def test_a_choice_by_hidden_labels_is_not_called_the_best(method, points, trainer, tmp_path) -> None:
+def test_a_choice_by_hidden_labels_is_not_called_the_best(method, points, trainer, tmp_path, capsys) -> None:
     class Oracle(Callback):
         def on_validation_epoch_end(self, trainer, pl_module) -> None:
             pl_module.log("oracle/accuracy", 1.0 - 0.1 * trainer.current_epoch)
@@ -218,7 +218,38 @@ def test_a_choice_by_hidden_labels_is_not_called_the_best(method, points, traine
     saver = ModelCheckpoint(tmp_path / "checkpoints", "best", monitor="oracle/accuracy", mode="max")
     run = trainer(Oracle(), RunSummary(test_after_fit=True), saver, max_epochs=2, enable_checkpointing=True)
     run.fit(method(), points())
-    assert "best/test/accuracy" not in read(tmp_path)["metrics"]
+    found = read(tmp_path)
+    assert "best/test/accuracy" not in found["metrics"]
+    assert found["metrics"]["oracle/best/test/accuracy"] > 0  # it was asked for, and says what it is
+    assert found["best_checkpoint"]["oracle"]
+    shown = capsys.readouterr().out
+    assert "epoch 1, by oracle/accuracy, which knows labels of the target" in shown
+    assert "oracle/best" not in shown
+
+
+def test_the_table_shows_what_was_measured_of_the_selected_weights(method, points, trainer, tmp_path, capsys) -> None:
+    class Script(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            pl_module.log("val/score", [0.1, 0.9, 0.5][trainer.current_epoch])
+            pl_module.log("val/other", [0.3, 0.2, 0.7][trainer.current_epoch])
+
+    saver = RunCheckpoint(str(tmp_path / "checkpoints"), monitor="val/score")
+    summary = RunSummary(test_after_fit=True, picture=False)
+    trainer(Script(), summary, saver, max_epochs=3, enable_checkpointing=True).fit(method(), points())
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert ["", "val/score", "0.5000", "0.9000", ""] in rows
+    assert ["", "val/other", "0.7000", "0.2000", ""] in rows  # then, not ever
+    metrics = read(tmp_path)["metrics"]
+    assert metrics["best/val/other"] == pytest.approx(0.7)
+    assert [
+        "",
+        "test/accuracy",
+        *(f"{metrics[name]:.4f}" for name in ("test/accuracy", "best/test/accuracy")),
+        "",
+    ] in rows
+    resumed = RunSummary()
+    resumed.load_state_dict(summary.state_dict())
+    assert resumed.beside == summary.beside
 
 
 def report(classes: int, hidden: bool = True, threshold: bool = False) -> PseudoLabelDiagnostics:

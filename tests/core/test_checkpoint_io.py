@@ -138,6 +138,39 @@ def test_first_metric_that_is_logged_is_monitored(tmp_path):
     assert callback.monitor == "val/miou"
 
 
+def test_what_is_seen_of_an_unlabelled_target_comes_before_the_source_and_an_oracle_never_by_itself(tmp_path):
+    trainer, callback = Trainer(tmp_path), RunCheckpoint()
+    callback.setup(trainer, None, "fit")
+    said = {
+        "validator/information_maximization": 0.5,
+        "val/accuracy": 0.9,
+        "oracle/accuracy": 0.1,
+        "validator/entropy": 0,
+    }
+    assert trainer.epoch(callback, **said) == ["best.ckpt", "last.ckpt"]
+    assert callback.monitor == "validator/information_maximization"
+    better = {**said, "val/accuracy": 1.0, "oracle/accuracy": 1.0, "validator/entropy": 1}
+    assert trainer.epoch(callback, **better) == ["last.ckpt"]
+    assert not [name for name in RunCheckpoint().names if name.startswith("oracle")]
+    typed = RunCheckpoint(monitor="oracle/accuracy")
+    typed.setup(trainer, None, "fit")
+    trainer.epoch(typed, **said)
+    assert typed.monitor == "oracle/accuracy"
+
+
+def test_values_of_two_metrics_are_not_compared(tmp_path):
+    trainer, callback = Trainer(tmp_path), RunCheckpoint()
+    callback.setup(trainer, None, "fit")
+    trainer.epoch(callback, **{"val/accuracy": 0.9})
+    resumed = RunCheckpoint()
+    resumed.setup(trainer, None, "fit")
+    resumed.load_state_dict(callback.state_dict())
+    said = {"val/accuracy": 0.95, "validator/information_maximization": 0.2}  # less than the accuracy was
+    assert trainer.epoch(resumed, **said) == ["best.ckpt", "last.ckpt"]
+    assert float(resumed.best_model_score) == pytest.approx(0.2)
+    assert trainer.epoch(resumed, **{**said, "validator/information_maximization": 0.1}) == ["last.ckpt"]
+
+
 def test_training_that_stops_within_an_epoch_keeps_its_last_state(tmp_path):
     trainer, callback = Trainer(tmp_path), RunCheckpoint()
     callback.setup(trainer, None, "fit")
