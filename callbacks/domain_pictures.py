@@ -190,7 +190,7 @@ def _part(samples: Samples, at_most: int) -> Samples:
 
 
 def _source_test(data: DomainData, number: int) -> Samples:
-    """Samples of a source that were not trained on: its test set, or where it has none what was held out."""
+    """The test set of a source; where it has none, what was held out of its training set."""
     with contextlib.suppress(UserError):
         if len(samples := data._test(data.sources[number])):
             return samples
