@@ -89,7 +89,8 @@ def pairwise_coral(features: Tensor, domain: Tensor, num_domains: int, means: bo
     centres, counts = domain_means(features, domain, num_domains)
     members = domain_indicators(domain, num_domains, features.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        centred = features - members.T @ centres
+        # the mean is a constant here: its gradient is 0 over all samples, though not over those of one rank
+        centred = features - members.T @ centres.detach()
         products = (members.unsqueeze(2) * centred).transpose(1, 2) @ centred  # (S, D, D)
         covariances = sum_with_gradient(products) / (counts - 1).clamp(min=1).view(-1, 1, 1)
         apart = mean_squared_difference(covariances, counts)
