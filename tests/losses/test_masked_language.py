@@ -97,7 +97,9 @@ def test_losses_count_only_the_targets_that_are_there() -> None:
     ]
     sums = sequence_log_probabilities(logits, targets)
     assert sums.tolist() == pytest.approx([sum(row) for row in picked], abs=1e-5)
-    assert float(token_loss(logits.detach(), targets)) == pytest.approx(-(sum(picked[0]) + sum(picked[1])) / 5, abs=1e-5)
+    assert float(token_loss(logits.detach(), targets)) == pytest.approx(
+        -(sum(picked[0]) + sum(picked[1])) / 5, abs=1e-5
+    )
     nothing = token_loss(logits, torch.full_like(targets, IGNORED))
     nothing.backward()
     assert float(nothing) == 0.0

@@ -94,7 +94,7 @@ class MixStyle(DomainGeneralization):
         def after(layer: nn.Module, inputs: Any, output: Any) -> Any:
             if not self.training or torch.rand(()) >= self.probability:  # on the host
                 return None
-            shape = output.shape if isinstance(output, Tensor) else ()
+            shape: tuple[int, ...] = tuple(output.shape) if isinstance(output, Tensor) else ()
             positions = shape[1] if len(shape) == 3 else shape[2] * shape[3] if len(shape) == 4 else 0
             if positions < 2 or shape[0] != len(domain):
                 raise UserError(
