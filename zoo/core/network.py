@@ -97,7 +97,7 @@ class Network(nn.Module):
         if theirs and theirs != mine and any(name.startswith("backbone.") for name in found):
             outputs = sorted({shape[0] for shape in theirs.values() if shape})
             kind = f"{outputs[-1]} outputs" if theirs.keys() == mine.keys() and outputs else "another kind"
-            if outputs == [self.num_outputs]:
+            if theirs.keys() == mine.keys() and outputs == [self.num_outputs]:
                 kind = f"the same outputs, but not of {self.num_features} features (another backbone or neck?)"
             raise WeightsError(
                 f"weights: {weights} has a head of {kind}, but here num_outputs={self.num_outputs} in "
