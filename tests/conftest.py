@@ -40,7 +40,9 @@ def root() -> Path:
 def _rank(rank: int, world: int, folder: str, function: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.barrier()  # who is done before the other has connected would hang up on it
     torch.save(function(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
