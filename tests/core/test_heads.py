@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,3 +243,18 @@ def test_fit_names_what_is_wrong(head):
 def test_bad_numbers_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_equiangular_basis_is_that_of_the_release():
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "equiangular_basis.json").read_text())
+    given, wanted = golden["inputs"], golden["outputs"]
+    head, features = EquiangularBasis(6, 4), torch.tensor(given["features"], requires_grad=True)
+    head.vectors = torch.tensor(given["directions"])
+    logits = head(features)
+    torch.testing.assert_close(logits, torch.tensor(wanted["logits"]), rtol=1e-5, atol=1e-5)
+    loss = F.cross_entropy(logits, torch.tensor(given["labels"]))
+    assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
+    gradient = torch.autograd.grad(loss, features)[0]
+    torch.testing.assert_close(gradient, torch.tensor(wanted["gradient"]), rtol=1e-4, atol=1e-5)
+    cosines = (vectors := EquiangularBasis(100, 1000).vectors) @ vectors.T
+    assert cosines.fill_diagonal_(0).abs().max() < 1.05 * wanted["largest_cosine"]  # in 300 steps instead of 100,000
