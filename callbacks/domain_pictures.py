@@ -14,6 +14,7 @@ from torch import Tensor
 
 from callbacks.features import evenly, features_of, has_features, loader_of, network_of, rows_of
 from callbacks.files import run_folder, write_atomically
+from callbacks.heard import HeardLogits
 from callbacks.picture import _nothing, _per_class, show
 from callbacks.run_summary import Counts
 from datamodules.domains import DomainData
@@ -79,8 +80,7 @@ class DomainPictures(Callback):
         self.weights = "last"  # whoever tests others says so
         self.domain_reports: dict[str, dict[str, Any]] = {}
         self._counts: dict[str, Counts] = {}
-        self._logits: list[Tensor] = []
-        self._hook: Any = None
+        self._heard = HeardLogits()
         self._loggers: list[Any] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,8 +99,8 @@ class DomainPictures(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the method's own forward."""
-        self._release()
-        self._hook = pl_module.register_forward_hook(self._keep)
+        self._counts = {}
+        self._heard.listen(pl_module)
 
     def on_test_batch_end(
         self,
@@ -112,20 +112,17 @@ class DomainPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count one batch of the first loader."""
-        seen, self._logits = self._logits, []
-        label = batch.get("label") if isinstance(batch, dict) else None
-        if dataloader_idx or not isinstance(label, Tensor):
+        heard = self._heard.take(batch)
+        if dataloader_idx:
             return
         # a method that adapts to the batch has shown what it said before, too
-        names = ADAPTED if len(seen) > 1 else ("target",)
-        for name, logits in zip(names, (seen[:1] + seen[-1:])[: len(names)], strict=False):
-            if label.shape == logits.shape[:1]:
-                self._counts.setdefault(name, Counts(logits.shape[1], logits.device)).update(logits, label)
+        for name, (logits, label) in zip(ADAPTED if len(heard) > 1 else ("target",), heard, strict=False):
+            self._counts.setdefault(name, Counts(logits.shape[1], logits.device)).update(logits, label)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the domains together, measure, log, draw."""
-        counts = self._counts
-        self._release()
+        counts, self._counts = self._counts, {}
+        self._heard.leave()
         if not has_features(pl_module):
             rank_zero_warn(f"DomainPictures: the network of {type(pl_module).__name__} has no features to look at")
             return
@@ -165,16 +162,7 @@ class DomainPictures(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._release()
-
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-            self._logits.append(output.detach())
-
-    def _release(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook, self._logits, self._counts = None, [], {}
+        self._heard.leave()
 
 
 def _whole(trainer: Trainer) -> Any:

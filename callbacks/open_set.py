@@ -11,6 +11,7 @@ from torch import Tensor
 
 from callbacks.features import check_source
 from callbacks.files import by_index, gather_rows
+from callbacks.heard import HeardLogits
 from datamodules.samplers import EvalSampler, Loader
 from datamodules.sources.base import Samples, Source
 from zoo.core.errors import UserError, suggest
@@ -61,8 +62,7 @@ class OpenSetEvaluation(Callback):
         self.unknown = unknown
         self.scores = list(scores)
         self._rows: list[tuple[Tensor, Tensor]] = []
-        self._logits: Tensor | None = None
-        self._hook: Any = None
+        self._heard = HeardLogits()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check before anything costs time that there are unknown samples."""
@@ -80,8 +80,8 @@ class OpenSetEvaluation(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the method's own forward."""
-        self._release()
-        self._hook = pl_module.register_forward_hook(self._keep)
+        self._rows = []
+        self._heard.listen(pl_module)
 
     def on_test_batch_end(
         self,
@@ -93,10 +93,10 @@ class OpenSetEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score one batch of the first loader; samples without a label are passed over at the end."""
-        logits, self._logits = self._logits, None
-        label = batch.get("label") if isinstance(batch, dict) else None
-        if dataloader_idx or logits is None or not isinstance(label, Tensor) or label.shape != logits.shape[:1]:
+        heard = self._heard.take(batch)
+        if dataloader_idx or not heard:
             return
+        logits, label = heard[-1]
         if (index := batch.get("index")) is None:  # then every sample counts, whoever has it
             start = (trainer.global_rank * 2**31 + len(self._rows)) * 2**24
             index = torch.arange(start, start + len(label), device=label.device)
@@ -104,8 +104,8 @@ class OpenSetEvaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the unknown samples, bring the ranks together, and log."""
-        known = self._rows
-        self._release()
+        known, self._rows = self._rows, []
+        self._heard.leave()
         if not known:
             raise UserError(f"OpenSetEvaluation: {type(pl_module).__name__} gave no logits (B, C) in the test")
         known_rows, unknown_rows = (_joined(rows, trainer) for rows in (known, self._score_unknown(trainer, pl_module)))
@@ -117,16 +117,7 @@ class OpenSetEvaluation(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._release()
-
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-            self._logits = output.detach()
-
-    def _release(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook, self._logits, self._rows = None, None, []
+        self._heard.leave()
 
     def _row(self, logits: Tensor, label: Tensor) -> Tensor:
         """(B, 1 + S): 1 where the most probable class is right, 0 where not, -1 where nobody knows; then the scores."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from callbacks.baseline import SupervisedBaseline, evaluate
 from callbacks.files import run_folder, write_atomically
+from callbacks.heard import HeardLogits
 from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.throughput import Throughput
 from zoo.core.errors import UserError
@@ -72,8 +73,7 @@ class RunSummary(Callback):
         self._folder = Path()
         self._earlier = 0.0  # seconds of training before this start
         self._began: float | None = None
-        self._hook: Any = None
-        self._logits: Tensor | None = None
+        self._heard = HeardLogits()
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class RunSummary(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count anew, from what the method's own forward gives."""
         self.counts = None
-        self._hook = pl_module.register_forward_hook(self._keep)
+        self._heard.listen(pl_module)
 
     def on_validation_batch_end(
         self,
@@ -105,17 +105,17 @@ class RunSummary(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count one batch of the first loader."""
-        logits, self._logits = self._logits, None
-        label = batch.get("label") if isinstance(batch, dict) else None
-        if dataloader_idx or logits is None or not isinstance(label, Tensor) or label.shape != logits.shape[:1]:
+        heard = self._heard.take(batch)
+        if dataloader_idx or not heard:
             return
+        logits, label = heard[-1]
         if self.counts is None:
             self.counts = Counts(logits.shape[1], logits.device)
         self.counts.update(logits, label)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best of every metric."""
-        self._unhook()
+        self._heard.leave()
         if trainer.sanity_checking:
             self.counts = None
             return
@@ -132,22 +132,13 @@ class RunSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum the counts over the ranks."""
-        self._unhook()
+        self._heard.leave()
         if self.counts is not None:
             self.counts.reduce()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._unhook()
-
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-            self._logits = output.detach()
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook, self._logits = None, None
+        self._heard.leave()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

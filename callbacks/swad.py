@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks.baseline import evaluate
 from callbacks.files import run_folder
+from callbacks.heard import HeardLogits
 from callbacks.run_summary import weights_of
 from zoo.core.distributed import mean_across_ranks, sum_across_ranks
 from zoo.core.errors import UserError
@@ -95,8 +96,7 @@ class SWAD(Callback):
         self._accepted: int | None = None  # the step of the last evaluation that is
         self._step: int | None = None
         self._path: Path | None = None
-        self._hook: Any = None
-        self._logits: Tensor | None = None
+        self._heard = HeardLogits()
         self._sums: Tensor | None = None
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class SWAD(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum the loss anew, from what the method's own forward gives."""
         self._sums = None
-        self._hook = pl_module.register_forward_hook(self._keep)
+        self._heard.listen(pl_module)
 
     def on_validation_batch_end(
         self,
@@ -184,19 +184,19 @@ class SWAD(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Sum over one batch of the first loader."""
-        logits, self._logits = self._logits, None
+        heard = self._heard.take(batch)
         if dataloader_idx:
             return
-        label = batch.get("label") if isinstance(batch, dict) else None
-        if logits is None or not isinstance(label, Tensor) or label.shape != logits.shape[:1]:
+        if not heard:
             raise UserError("SWAD: needs a validation that passes batches {image, label} to logits (B, C)")
+        logits, label = heard[-1]
         loss = cross_entropy(logits.float(), label, reduction="sum")
         sums = torch.stack([loss, loss.new_tensor(len(label))]).double()
         self._sums = sums if self._sums is None else self._sums + sums
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the algorithm the mean loss over the samples of all ranks."""
-        self._unhook()
+        self._heard.leave()
         sums, self._sums = self._sums, None
         if trainer.sanity_checking or sums is None or not self._running.count:
             return
@@ -288,15 +288,7 @@ class SWAD(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._unhook()
-
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        self._logits = output.detach() if isinstance(output, Tensor) and output.ndim == 2 else None
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook, self._logits = None, None
+        self._heard.leave()
 
 
 class Average:
