@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.core.backbones import Backbone, create_backbone, rename
+from zoo.core.convolution import spare_padding
 from zoo.core.errors import UserError
 from zoo.core.heads import Head, Linear
 from zoo.core.necks import Neck
@@ -68,6 +69,7 @@ class Network(nn.Module):
             raise UserError(f"Network: dropout={dropout}, must lie in [0, 1)")
         own = weights if weights == "pretrained" else None
         self.backbone: Backbone = create_backbone(backbone, own, in_channels, image_size, arguments)
+        spare_padding(self.backbone)
         between = None if neck is None else neck(self.backbone.num_features)
         self.neck: nn.Module = nn.Identity() if between is None else between
         self.num_features: int = self.backbone.num_features if between is None else between.num_features
