@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from callbacks.files import by_index, gather_rows, run_folder, write_atomically
 from zoo.core.criteria import class_counts
 from zoo.core.errors import UserError
+from zoo.core.modes import evaluating
 from zoo.policies.selection import Selection, harden
 
 
@@ -317,17 +318,13 @@ def predict(trainer: Trainer, module: LightningModule, loader: Any) -> tuple[Ten
 @contextmanager
 def _predicting(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Evaluation mode and the ``predicting`` stage, by which a data module knows to make no training views."""
-    modes = {child: child.training for child in module.modules()}
     stage = trainer.state.stage
-    module.eval()
     trainer.predicting = True
     try:
-        with isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"):
+        with evaluating(module), isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"):
             yield
     finally:
         trainer.state.stage = stage
-        for child, mode in modes.items():
-            child.training = mode
 
 
 class _Share:

@@ -16,6 +16,7 @@ from callbacks.features import evenly, features_of, loader_of, network_of, outpu
 from callbacks.files import by_index, gather_rows
 from datamodules.pseudo_labels import Unlabeled
 from zoo.core.errors import UserError, suggest
+from zoo.core.modes import evaluating
 from zoo.core.validators import (
     BatchNuclearNorm,
     InformationMaximization,
@@ -176,11 +177,6 @@ class TransferValidation(Callback):
 @contextmanager
 def _looking_only(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Evaluation mode; modes and random state are put back."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"):  # workers draw a seed
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+    # workers draw a seed
+    with evaluating(module), isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"):
+        yield

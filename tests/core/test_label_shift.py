@@ -10,6 +10,7 @@ from zoo.core.errors import UserError
 from zoo.core.label_shift import (
     MatchedAccuracy,
     adjust,
+    class_frequencies,
     class_probabilities,
     cluster_frequencies,
     discretize,
@@ -203,3 +204,18 @@ def test_finds_classes_that_the_features_do_not_show() -> None:
     plain.update(F.one_hot(discretize(x, 3), 3).float(), y)
     assert float(metric.compute()) > max(0.85, float(plain.compute()) + 0.2)
     assert prior_error(found, prior, metric.matching) < 0.3
+
+
+def test_class_frequencies_are_of_all_samples_and_the_rank_of_those_held_out() -> None:
+    prior = priors(3, 4)
+    y = torch.multinomial(prior.mT, 200, replacement=True, generator=torch.Generator().manual_seed(2)).flatten()
+    domains = torch.arange(4).repeat_interleave(200)
+    q = (prior / prior.sum(dim=1, keepdim=True))[y]  # a perfect discriminator
+    found, rank = class_frequencies(q, domains, 3, 3)
+    assert rank == 3
+    assert prior_error(found, prior, match_classes(found @ prior.mT)) < 0.3
+    alike = torch.zeros(800, dtype=torch.bool)
+    alike[[int((domains == d).logical_and(y == k).nonzero()[0]) for d in range(4) for k in range(3)]] = True
+    same, other = class_frequencies(q, domains, 3, 3, alike)  # one sample a class and domain: domains are all alike
+    assert torch.equal(same, found)
+    assert other < 3

@@ -9,9 +9,7 @@ from torch.nn.functional import cross_entropy
 from zoo import ITTA
 from zoo.core.errors import UserError
 from zoo.core.network import Network
-from zoo.core.styles import mix_styles
-from zoo.domain_adaptation.itta import Affines, stages_of
-from zoo.losses import gradient_alignment
+from zoo.core.stages import stages_of
 
 LENET = partial(Network, backbone="lenet", in_channels=1)
 NORMED = partial(Network, backbone="tiny_cnn", in_channels=1, arguments={"width": 4})
@@ -35,42 +33,6 @@ def batch() -> dict:
     generator = torch.Generator().manual_seed(3)
     image = torch.randn(6, 1, 28, 28, generator=generator)
     return {"source": {"image": image, "label": torch.randint(3, (6,), generator=generator)}}
-
-
-# --- styles and gradients ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (4, 7, 3)])
-def test_styles_are_the_partners(shape) -> None:
-    x, partners = torch.randn(shape).double() * 2 + 1, torch.tensor([1, 0, 3, 2])
-    axes = (2, 3) if len(shape) == 4 else (1,)
-    swapped = mix_styles(x, partners, torch.zeros(4), eps=0.0)
-    assert torch.allclose(swapped.mean(axes), x.mean(axes)[partners])
-    assert torch.allclose(swapped.std(axes, correction=0), x.std(axes, correction=0)[partners])
-    half = mix_styles(x, partners, torch.full((4,), 0.25), eps=0.0)
-    assert torch.allclose(half.mean(axes), 0.25 * x.mean(axes) + 0.75 * x.mean(axes)[partners])
-
-
-def test_own_style_is_exactly_the_same_and_statistics_are_constants() -> None:
-    x = torch.randn(4, 3, 5, 5, requires_grad=True)
-    assert torch.equal(mix_styles(x, torch.tensor([1, 0, 3, 2]), torch.ones(4)), x)
-    assert torch.equal(mix_styles(x, torch.arange(4), torch.rand(4)), x)
-    mixed = mix_styles(x, torch.tensor([1, 0, 3, 2]), torch.zeros(4), eps=0.0)
-    ratio = (x.std((2, 3), correction=0)[[1, 0, 3, 2]] / x.std((2, 3), correction=0)).detach()
-    gradient = torch.autograd.grad(mixed.sum(), x)[0]
-    assert torch.allclose(gradient, ratio[..., None, None].expand_as(x), atol=1e-5)
-
-
-def test_alignment_is_blind_to_size_and_offset() -> None:
-    g = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    assert gradient_alignment(g, 3 * g.detach()).item() == pytest.approx(0, abs=1e-20)
-    assert gradient_alignment(g, 3 * g.detach() + 5).item() == pytest.approx(0, abs=1e-20)
-    assert gradient_alignment(g, -g).item() == pytest.approx(4 * 49 / 50)
-    h = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    own, other = torch.autograd.grad(gradient_alignment(g, h), (g, h), allow_unused=True)
-    assert other is None
-    difference = (g - g.mean()) / g.std() - (h - h.mean()) / h.std()
-    assert torch.allclose(own, 2 * difference / 50 / g.std()), "mean and std are constants"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -207,13 +169,6 @@ def test_maps_of_another_size_need_channels() -> None:
     made = adapting(method(adaptive="channel"))
     made(torch.randn(3, 1, 28, 28))
     made(torch.randn(3, 1, 36, 36))
-
-
-def test_affine_layers_are_the_identity_of_what_is_positive() -> None:
-    x = torch.randn(3, 4)
-    assert torch.equal(Affines((4,), 3)(x), x.relu())
-    assert torch.equal(Affines((4,), 1)(x), x)
-    assert sum(p.numel() for p in Affines((512,), 10).parameters()) == 10_240
 
 
 def test_stages_by_name_and_of_libraries() -> None:

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from zoo import MetaDMoE
 from zoo.core.errors import UserError
 from zoo.core.network import Network
-from zoo.domain_adaptation.meta_dmoe import Aggregator
 
 SIZE = {"width": 16, "side": 4}
 NETWORK = partial(Network, backbone="tiny_mlp", in_channels=1, arguments=SIZE)
@@ -110,21 +109,6 @@ def test_the_expert_that_knows_a_domain_has_no_say_in_it(mask) -> None:
     for p in made.experts[0].parameters():
         nn.init.normal_(p, std=3.0)
     assert not torch.allclose(made.training_step(batch(), 0), loss, atol=1e-6)
-
-
-def test_masks_differ_and_masking_is_by_hand() -> None:
-    tokens = torch.randn(4, 2, 3, 16)
-    drop, zero = method().masked(tokens), method(mask="zero").masked(tokens)
-    assert torch.equal(drop[0], tokens[0][:, [1, 2]])
-    assert torch.equal(drop[2], tokens[2][:, [0, 2]])
-    assert torch.equal(zero[3, :, :2], tokens[3, :, :2])
-    assert zero[3, :, 2].abs().sum() == 0
-
-
-def test_order_of_the_experts_does_not_matter() -> None:
-    aggregator, tokens = Aggregator(16, heads=4).eval(), torch.randn(5, 3, 16)
-    assert torch.allclose(aggregator(tokens), aggregator(tokens[:, [2, 0, 1]]), atol=1e-6)
-    assert aggregator(tokens).shape == (5, 16)
 
 
 def test_experts_neither_learn_nor_change() -> None:

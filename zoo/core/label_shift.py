@@ -27,6 +27,7 @@ __all__ = [
     "Factors",
     "MatchedAccuracy",
     "adjust",
+    "class_frequencies",
     "class_probabilities",
     "cluster_frequencies",
     "discretize",
@@ -147,6 +148,37 @@ def factorize(frequencies: Tensor, num_classes: int, restarts: int = 10, seed: i
     scale = components.sum(dim=0)
     priors = priors * scale[:, None]
     return Factors(components / scale.clamp_min(1e-12), priors / priors.sum(dim=0).clamp_min(1e-12), error)
+
+
+def class_frequencies(
+    probabilities: Tensor,
+    domains: Tensor,
+    num_classes: int,
+    clusters: int,
+    held_out: Tensor | None = None,
+    restarts: int = 10,
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """From what a discriminator of domains says of samples, p(y|d) (K, R) and the :func:`domain_rank`.
+
+    Args:
+        probabilities: q(d|x), (N, R).
+        domains: of the samples, (N,).
+        num_classes: K.
+        clusters: m, of :func:`discretize`.
+        held_out: (N,) bool, which of them it was not trained on. Only they count for the rank, if there are any: what
+            was trained on looks more different than it is.
+        restarts: of :func:`factorize`.
+        seed: of both.
+    """
+    number = probabilities.shape[1]
+    found = discretize(probabilities, clusters, seed=seed)
+    frequencies = cluster_frequencies(found, domains, clusters, number)
+    factors = factorize(frequencies, num_classes, restarts, seed)
+    if held_out is not None and bool(held_out.any()):
+        found, domains = found[held_out], domains[held_out]
+        frequencies = cluster_frequencies(found, domains, clusters, number)
+    return factors.class_given_domain, domain_rank(frequencies, int(domains.bincount().min()))
 
 
 def domain_given_class(class_given_domain: Tensor) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from zoo.core.errors import UserError
+
+
+def has_weights(recipe: Callable[[int], nn.Module]) -> bool:
+    """Whether a recipe names weights; one that cannot be read, such as a function, is taken at its word."""
+    arguments = getattr(recipe, "keywords", None)
+    return True if not isinstance(arguments, dict) else arguments.get("weights") is not None
 
 
 class Frozen(nn.Module):

@@ -14,15 +14,9 @@ from zoo.core.card import Card
 from zoo.core.errors import UserError
 from zoo.core.method import Method
 from zoo.core.network import Network
-from zoo.core.teachers import Frozen
+from zoo.core.teachers import Frozen, has_weights
 from zoo.distillation.output_cache import OutputCache
 from zoo.losses.distillation import distillation_loss
-
-
-def _has_weights(recipe: Callable[[int], Network]) -> bool:
-    """Whether a recipe names weights; one that cannot be read, such as a function, is taken at its word."""
-    arguments = getattr(recipe, "keywords", None)
-    return True if not isinstance(arguments, dict) else arguments.get("weights") is not None
 
 
 class KnowledgeDistillation(Method):
@@ -97,7 +91,7 @@ class KnowledgeDistillation(Method):
         if (outputs := getattr(teacher, "num_outputs", self.num_classes)) != self.num_classes:
             raise UserError(f"KnowledgeDistillation: the teacher has {outputs} classes, the data {self.num_classes}")
         self.frozen_teacher = Frozen(teacher)  # not `teacher`: that name is the average which is evaluated
-        self.register_buffer("teacher_trained", torch.tensor(_has_weights(self.teacher_recipe)))
+        self.register_buffer("teacher_trained", torch.tensor(has_weights(self.teacher_recipe)))
 
     def on_fit_start(self) -> None:
         """Refuse to learn from a teacher that never learned; a checkpoint says whether its teacher did."""

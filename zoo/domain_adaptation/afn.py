@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.entropy import entropy
 from zoo.losses.feature_norm import feature_norms, hard_feature_norm, stepwise_feature_norm
@@ -61,9 +61,7 @@ class AFN(DomainAdaptation):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if form not in ("stepwise", "hard"):
-            near = suggest(str(form), ["stepwise", "hard"])
-            raise UserError(f"AFN: form={form!r} must be 'stepwise' or 'hard'.{near}")
+        check_choice("AFN", "form", form, ("stepwise", "hard"))
         numbers = {"norm_weight": norm_weight, "step": step, "radius": radius, "entropy_weight": entropy_weight}
         for argument, value in numbers.items():
             if value < 0.0:

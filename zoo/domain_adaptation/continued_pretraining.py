@@ -10,12 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.core.card import Card
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
+from zoo.core.prompts import answer_rows, prompted, word_ids
 from zoo.core.text_nets import T5
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.masked_language import (
-    IGNORED,
-    close_up,
     draw_spans,
     sequence_log_probabilities,
     span_corruption,
@@ -88,12 +87,8 @@ class ContinuedPretraining(DomainAdaptation):
     ) -> None:
         super().__init__(**kwargs)
         name = type(self).__name__
-        choices = (("mode", mode, ["sequential", "joint"]), ("texts", texts, ["both", "source"]))
-        for argument, value, allowed in choices:
-            if value not in allowed:
-                raise UserError(
-                    f"{name}: {argument}={value!r} must be one of {', '.join(allowed)}.{suggest(str(value), allowed)}"
-                )
+        check_choice(name, "mode", mode, ("sequential", "joint"))
+        check_choice(name, "texts", texts, ("both", "source"))
         if not 0 <= pretraining_share <= 1 or language_weight < 0:
             raise UserError(
                 f"{name}: pretraining_share={pretraining_share} must lie in [0, 1], language_weight={language_weight} "
@@ -103,9 +98,8 @@ class ContinuedPretraining(DomainAdaptation):
             raise UserError(f"{name}: mask_rate={mask_rate} must lie between 0 and 1, span={span} be at least 1")
         if verbalizers is not None and len(verbalizers) != self.num_classes:
             raise UserError(f"{name}: verbalizers={verbalizers} must be {self.num_classes}, one for each class")
-        self.mode, self.pretraining_share, self.language_weight, self.texts = (
-            mode, pretraining_share, language_weight, texts,
-        )  # fmt: skip
+        self.mode, self.pretraining_share = mode, pretraining_share
+        self.language_weight, self.texts = language_weight, texts
         self.mask_rate, self.span, self.prompt, self.verbalizers = mask_rate, span, prompt, verbalizers
 
     @property
@@ -128,10 +122,7 @@ class ContinuedPretraining(DomainAdaptation):
 
     def answers(self, words: list[list[int]]) -> Tensor:
         """Targets (C, T) of the classes: the first sentinel, the words' ids, the end."""
-        rows = torch.full((self.num_classes, _WORDS + 2), IGNORED)
-        for row, ids in zip(rows, words, strict=True):
-            row[: len(ids) + 2] = torch.tensor([self.model.sentinels[0], *ids, self.model.end])
-        return rows
+        return answer_rows(words, _WORDS + 2, self.model.sentinels[0], self.model.end)
 
     def on_fit_start(self) -> None:
         """Look the words up."""
@@ -142,14 +133,13 @@ class ContinuedPretraining(DomainAdaptation):
         """Look the words of prompt and classes up in the vocabulary of the data, whose ids checkpoints keep."""
         if (tokenizer := getattr(data.source, "tokenizer", None)) is None:
             return
-        known = [int(i) for i in tokenizer([self.prompt], _PROMPT)[0] if int(i) not in tokenizer.special]
-        known = [i for i in known if i != tokenizer.unknown]
+        known = [i for i in word_ids(tokenizer, self.prompt, _PROMPT) if i != tokenizer.unknown]
         prompt = torch.full((_PROMPT,), self.model.pad)
         prompt[: len(known)] = torch.tensor(known, dtype=torch.long)
         self.prompt_ids = prompt.to(self.device)
         words: list[list[int]] = []
         for own, text in zip(self.model.own, self.verbalizers or [], strict=False):
-            ids = [int(i) for i in tokenizer([text], _WORDS)[0] if int(i) not in tokenizer.special]
+            ids = word_ids(tokenizer, text, _WORDS)
             if tokenizer.unknown in ids or not ids or ids in words:
                 rank_zero_warn(f"{type(self).__name__}: the vocabulary has not {text!r}; the class has its own token")
                 ids = [own]
@@ -185,9 +175,7 @@ class ContinuedPretraining(DomainAdaptation):
 
     def prompted(self, ids: Tensor) -> Tensor:
         """Texts (B, L) with prompt, sentinel and end behind them, (B, L + P)."""
-        behind = [*self.prompt_ids.unbind(), self.sentinels[0], torch.full_like(self.sentinels[0], self.model.end)]
-        whole = torch.cat([ids, torch.stack(behind).expand(len(ids), -1)], dim=1)
-        return close_up(whole, whole != self.model.pad, whole.shape[1], self.model.pad)
+        return prompted(ids, self.prompt_ids, self.sentinels[0], self.model.end, self.model.pad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (B, C) of the words of each class; they need not sum to 1."""

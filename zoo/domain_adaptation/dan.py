@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.mmd import ESTIMATORS, MULTIPLIERS, Estimator, mmd
 
@@ -63,9 +63,7 @@ class DAN(DomainAdaptation):
         name = type(self).__name__
         if discrepancy_weight < 0.0:
             raise UserError(f"{name}: discrepancy_weight={discrepancy_weight} must not be negative")
-        if estimator not in ESTIMATORS:
-            near = suggest(str(estimator), ESTIMATORS)
-            raise UserError(f"{name}: estimator={estimator!r} must be one of {', '.join(ESTIMATORS)}.{near}")
+        check_choice(name, "estimator", estimator, ESTIMATORS)
         if not multipliers or min(multipliers) <= 0.0:
             raise UserError(f"{name}: multipliers={multipliers} must be positive, and at least one")
         if variance is not None and variance <= 0.0:

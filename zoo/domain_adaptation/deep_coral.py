@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.coral import FORMS, coral
 
@@ -57,10 +57,8 @@ class DeepCORAL(DomainAdaptation):
         super().__init__(**kwargs)
         if alignment_weight < 0.0:
             raise UserError(f"DeepCORAL: alignment_weight={alignment_weight} must not be negative")
-        for argument, value, choices in (("layer", layer, ("features", "logits")), ("form", form, FORMS)):
-            if value not in choices:
-                near = suggest(str(value), choices)
-                raise UserError(f"DeepCORAL: {argument}={value!r} must be one of {', '.join(choices)}.{near}")
+        check_choice("DeepCORAL", "layer", layer, ("features", "logits"))
+        check_choice("DeepCORAL", "form", form, FORMS)
         self.alignment_weight, self.layer, self.form = alignment_weight, layer, form
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:

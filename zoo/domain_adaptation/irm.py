@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from zoo.core.card import Card
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import check_choice
 from zoo.domain_adaptation.generalization import AnnealedPenalty, Batch
 from zoo.losses.domain_means import mean_over_domains
 from zoo.losses.invariance import irm_penalty
@@ -57,9 +57,7 @@ class IRM(AnnealedPenalty):
         **kwargs: Any,
     ) -> None:
         super().__init__(penalty_weight, annealing_steps, early_weight, **kwargs)
-        if estimator not in ("unbiased", "squared"):
-            near = suggest(str(estimator), ["unbiased", "squared"])
-            raise UserError(f"IRM: estimator={estimator!r} must be 'unbiased' or 'squared'.{near}")
+        check_choice("IRM", "estimator", estimator, ("unbiased", "squared"))
         self.estimator: Literal["unbiased", "squared"] = estimator
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

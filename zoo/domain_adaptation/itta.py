@@ -5,8 +5,6 @@ Chen et al., CVPR 2023, https://arxiv.org/abs/2304.04494
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,14 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zoo.core.affine import Affines
 from zoo.core.card import Card
-from zoo.core.distributed import mean_across_ranks, sum_with_gradient, world_size
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.core.network import Network
-from zoo.core.styles import mix_styles
+from zoo.core.stages import behind, stages_of
 from zoo.domain_adaptation.test_time import GradientAdaptation
-from zoo.losses.gradient_alignment import gradient_alignment
+from zoo.losses.gradient_alignment import alignment_of_losses, gradient_only
 from zoo.losses.mixup import mixing_shares
+from zoo.losses.style import mix_styles
 
 
 class ITTA(GradientAdaptation):
@@ -100,14 +99,9 @@ class ITTA(GradientAdaptation):
         for name, value in {"consistency_layers": consistency_layers, "adaptive_layers": adaptive_layers}.items():
             if value < 1:
                 raise UserError(f"ITTA: {name}={value} must be at least 1")
-        if adaptive not in ("element", "channel"):
-            near = suggest(adaptive, ["element", "channel"])
-            raise UserError(f"ITTA: adaptive={adaptive!r} must be 'element' or 'channel'.{near}")
-        self.alignment_weight, self.style_alpha, self.adaptation_weight = (
-            alignment_weight,
-            style_alpha,
-            adaptation_weight,
-        )
+        check_choice("ITTA", "adaptive", adaptive, ("element", "channel"))
+        self.alignment_weight, self.style_alpha = alignment_weight, style_alpha
+        self.adaptation_weight = adaptation_weight
         self.consistency_layers, self.adaptive_layers, self.adaptive = consistency_layers, adaptive_layers, adaptive
         self.stages, self.freeze_batch_norm = stages, freeze_batch_norm
 
@@ -138,20 +132,11 @@ class ITTA(GradientAdaptation):
         fixed = {name: p.detach() for name, p in self.consistency.named_parameters()}
         change = difference(mixed, clean)
         terms["consistency"] = torch.func.functional_call(self.consistency, fixed, (change,)).square().mean()
-        steer = self.steer(self.consistency(change).square().mean(), terms["clean"] + terms["mixed"])
-        return self.report(**terms) + steer
-
-    def steer(self, consistency: Tensor, main: Tensor) -> Tensor:
-        """0, with the gradient of the alignment with respect to w, and of nothing else."""
-        own, theta = list(self.consistency.parameters()), self.theta
-        with torch.autocast(main.device.type, enabled=False):
-            ours = flat(torch.autograd.grad(consistency, theta, create_graph=True, allow_unused=True), theta)
-            theirs = flat(torch.autograd.grad(main, theta, retain_graph=True, allow_unused=True), theta)
-            alignment = gradient_alignment(sum_with_gradient(ours) / world_size(), mean_across_ranks(theirs))
-            found = torch.autograd.grad(self.alignment_weight * alignment, own, retain_graph=True, allow_unused=True)
+        own = self.consistency(change).square().mean()
+        alignment = alignment_of_losses(own, terms["clean"] + terms["mixed"], self.theta)
         self.observe(alignment=alignment)
-        parts = ((p - p.detach()) * g for p, g in zip(own, found, strict=True) if g is not None)
-        return torch.stack([part.sum() for part in parts]).sum()
+        steer = gradient_only(self.alignment_weight * alignment, list(self.consistency.parameters()))
+        return self.report(**terms) + steer
 
     @property
     def theta(self) -> list[nn.Parameter]:
@@ -167,7 +152,7 @@ class ITTA(GradientAdaptation):
         shares, partners = mixing_shares(len(x), self.style_alpha, dominant=False), torch.randperm(len(x))
 
         def double(maps: Tensor) -> Tensor:
-            mixed = mix_styles(maps, partners.to(maps.device), shares.to(maps.device))
+            mixed = mix_styles(maps, shares, partners.to(maps.device))
             return torch.cat([maps, mixed])
 
         with behind(first[int(torch.randint(len(first), ()))], double):
@@ -206,60 +191,6 @@ class ITTA(GradientAdaptation):
         return self.adapted.logits(clean)
 
 
-class Affines(nn.Module):
-    r"""Elementwise affine layers :math:`w \odot x + b` with ReLU between; at first the identity of what is positive.
-
-    Args:
-        shape: of w and b, broadcast against that of a sample.
-        depth: number of layers.
-    """
-
-    def __init__(self, shape: tuple[int, ...], depth: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.weights = nn.ParameterList(torch.ones(shape) for _ in range(depth))
-        self.biases = nn.ParameterList(torch.zeros(shape) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) to the same."""
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = weight * (x.relu() if number else x) + bias
-        return x
-
-
-def stages_of(network: Network, names: list[str] | None) -> list[nn.Module]:
-    """The stages of a network's backbone, the shallowest first.
-
-    Raises:
-        UserError: for names that are not there; without names, where the backbone does not tell its stages.
-    """
-    model = network.backbone.model
-    if names is None:
-        told = [part["module"] for part in getattr(model, "feature_info", None) or []]
-        names = told[-4:] or [f"layer{number}" for number in range(1, 5) if hasattr(model, f"layer{number}")]
-    parts = dict(model.named_modules())
-    if not names or not set(names) <= parts.keys():
-        missing = next((name for name in names if name not in parts), None)
-        raise UserError(f"ITTA: stages={names} are not all in {type(model).__name__}.{suggest(missing or '', parts)}")
-    return [parts[name] for name in names]
-
-
-@contextmanager
-def behind(stage: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, what a stage gives is changed, before anything else that is behind it."""
-    hook = stage.register_forward_hook(lambda module, inputs, maps: change(maps), prepend=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def difference(mixed: Tensor, clean: Tensor) -> Tensor:
     """The change from z to z', in 32 bits or more."""
     return mixed.float() - clean.float() if clean.element_size() < 4 else mixed - clean
-
-
-def flat(gradients: Sequence[Tensor | None], parameters: list[nn.Parameter]) -> Tensor:
-    """One vector; zeros where nothing depends on a parameter."""
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.core.gradient_reversal import reverse_gradient
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.mmd import ESTIMATORS, Estimator, Gaussian, joint_mmd
@@ -62,9 +62,7 @@ class JAN(DomainAdaptation):
         super().__init__(**kwargs)
         if discrepancy_weight < 0.0:
             raise UserError(f"JAN: discrepancy_weight={discrepancy_weight} must not be negative")
-        if estimator not in ESTIMATORS:
-            near = suggest(str(estimator), ESTIMATORS)
-            raise UserError(f"JAN: estimator={estimator!r} must be one of {', '.join(ESTIMATORS)}.{near}")
+        check_choice("JAN", "estimator", estimator, ESTIMATORS)
         if sigma <= 0.0:
             raise UserError(f"JAN: sigma={sigma} must be positive")
         self.discrepancy_weight, self.estimator, self.adversarial = discrepancy_weight, estimator, adversarial

@@ -17,14 +17,12 @@ from zoo.core.errors import UserError
 from zoo.core.label_shift import (
     MatchedAccuracy,
     adjust,
+    class_frequencies,
     class_probabilities,
-    cluster_frequencies,
-    discretize,
-    domain_rank,
-    factorize,
     prior_error,
 )
 from zoo.core.method import Method
+from zoo.core.modes import evaluating
 
 
 class LatentLabelShift(Method):
@@ -135,38 +133,28 @@ class LatentLabelShift(Method):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
-        training, rows, domains, held = self.network.training, [], [], []
-        self.network.eval()
-        for batch in data.unlabeled_dataloader():
-            batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
-            with self.trainer.precision_plugin.forward_context():
-                rows.append(self.network(batch["image"]).float().softmax(dim=1).cpu())
-            domains.append(batch["domain"].cpu())
-            held.append(batch["held_out"].cpu())
-        self.network.train(training)
-        self.factorize(torch.cat(rows), torch.cat(domains), torch.cat(held))
-        condition = torch.linalg.cond(self.class_given_domain.double()).float()
-        if self.trainer.training:
-            self.log_dict({"classes/condition": condition, "classes/rank": self.rank.float()}, batch_size=1)
-
-    def factorize(self, probabilities: Tensor, domains: Tensor, held_out: Tensor | None = None) -> None:
-        """Set p(y|d) and the rank from what the discriminator says.
-
-        Args:
-            probabilities: q(d|x), (N, R).
-            domains: of the samples, (N,).
-            held_out: (N,) bool, which of them it was not trained on; all count for the rank if none is.
-        """
-        clusters = discretize(probabilities, self.clusters, seed=self.seed)
-        frequencies = cluster_frequencies(clusters, domains, self.clusters, self.num_domains)
-        factors = factorize(frequencies, self.num_classes, self.restarts, self.seed)
-        if held_out is not None and bool(held_out.any()):
-            clusters, domains = clusters[held_out], domains[held_out]
-            frequencies = cluster_frequencies(clusters, domains, self.clusters, self.num_domains)
-        rank = domain_rank(frequencies, int(domains.bincount().min()))
-        found = factors.class_given_domain.float().contiguous().to(self.device)  # the first process's for all of them
-        self.class_given_domain = gather_across_ranks(found)[: self.num_classes]
+        rows: dict[str, list[Tensor]] = {"probabilities": [], "domain": [], "held_out": []}
+        with evaluating(self.network):
+            for batch in data.unlabeled_dataloader():
+                batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+                with self.trainer.precision_plugin.forward_context():
+                    batch["probabilities"] = self.network(batch["image"]).float().softmax(dim=1)
+                for name, parts in rows.items():
+                    parts.append(batch[name].cpu())
+        probabilities, domains, held = map(torch.cat, rows.values())
+        found, rank = class_frequencies(
+            probabilities, domains, self.num_classes, self.clusters, held, self.restarts, self.seed
+        )
+        # the first process's for all of them
+        self.class_given_domain = gather_across_ranks(found.float().contiguous().to(self.device))[: self.num_classes]
         self.rank = gather_across_ranks(torch.tensor([rank], device=self.device))[0]
+        if self.trainer.training:
+            self.log_dict({"classes/condition": self.condition, "classes/rank": self.rank.float()}, batch_size=1)
+
+    @property
+    def condition(self) -> Tensor:
+        """Condition number of p(y|d)."""
+        return torch.linalg.cond(self.class_given_domain.double()).float()
 
     def check_classes(self) -> None:
         """Before anything is measured or predicted: whether there are classes to speak of.
@@ -213,7 +201,7 @@ class LatentLabelShift(Method):
         super().on_test_epoch_end()
         true = getattr(getattr(self.trainer, "datamodule", None), "class_given_domain", None)
         for name, metrics in self._metrics.items():
-            values = {"condition": float(torch.linalg.cond(self.class_given_domain.double())), "rank": float(self.rank)}
+            values = {"condition": float(self.condition), "rank": float(self.rank)}
             matched: Any = metrics["accuracy"]
             if true is not None:
                 values["prior_error"] = prior_error(self.class_given_domain.cpu(), true, matched.matching)

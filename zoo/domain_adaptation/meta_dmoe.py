@@ -3,19 +3,20 @@
 Zhong et al., NeurIPS 2022, https://arxiv.org/abs/2210.03885
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, mse_loss, one_hot
+from torch.nn.functional import cross_entropy, mse_loss
 
 from zoo.core.card import Card
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
+from zoo.core.experts import Aggregator, Experts
+from zoo.core.modes import evaluating
 from zoo.core.network import Network
-from zoo.core.teachers import Frozen
+from zoo.core.teachers import has_weights
 from zoo.domain_adaptation.test_time import Adapting, TestTimeAdaptation
 from zoo.losses.domain_means import domain_rows
 from zoo.optim.virtual import averaged_gradients, with_parameters
@@ -75,8 +76,6 @@ class MetaDMoE(TestTimeAdaptation):
         roles=("source",),
     )
     experts_trained: Tensor
-    others: Tensor
-    own: Tensor
 
     def __init__(
         self,
@@ -99,10 +98,8 @@ class MetaDMoE(TestTimeAdaptation):
             raise UserError(f"MetaDMoE: experts are {len(experts)}, but one may be masked: give at least 2")
         if not owners or not all(0 <= owner < len(experts) for owner in owners):
             raise UserError(f"MetaDMoE: owners={owners} must be numbers of experts below {len(experts)}, one a domain")
-        for name, value, choices in (("mask", mask, ("drop", "zero")), ("order", order, ("first", "second"))):
-            if value not in choices:
-                near = suggest(str(value), list(choices))
-                raise UserError(f"MetaDMoE: {name}={value!r} must be {choices[0]!r} or {choices[1]!r}.{near}")
+        check_choice("MetaDMoE", "mask", mask, ("drop", "zero"))
+        check_choice("MetaDMoE", "order", order, ("first", "second"))
         if not inner_lr > 0.0 or not 0.0 < support < 1.0:
             raise UserError(f"MetaDMoE: inner_lr={inner_lr} must be positive and support={support} lie in (0, 1)")
         if not 0.0 <= warmup <= 1.0 or not aggregator_weight >= 0.0:
@@ -120,25 +117,13 @@ class MetaDMoE(TestTimeAdaptation):
     def build(self) -> None:
         """The student, the frozen experts, and the aggregator of their features with a linear head."""
         super().build()
-        self.aggregator = Aggregator(self.network.num_features, *self.aggregator_arguments)
-        self.aggregator_head = nn.Sequential(
-            nn.LayerNorm(self.network.num_features), nn.Linear(self.network.num_features, self.num_classes)
-        )
+        width = self.network.num_features
+        self.aggregator = Aggregator(width, *self.aggregator_arguments)
+        self.aggregator_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.num_classes))
         with torch.random.fork_rng(devices=[]):  # what is random afterwards does not depend on the experts
             experts = [recipe(self.num_classes) for recipe in self.expert_recipes]
-        for number, expert in enumerate(experts):
-            if expert.num_features != self.network.num_features:
-                raise UserError(
-                    f"MetaDMoE: expert {number} has {expert.num_features} features, the student "
-                    f"{self.network.num_features}; they must have as many"
-                )
-        self.experts = nn.ModuleList(Frozen(expert) for expert in experts)
-        given = [getattr(recipe, "keywords", {"weights": ...}).get("weights") for recipe in self.expert_recipes]
-        self.register_buffer("experts_trained", torch.tensor(None not in given))
-        numbers = range(len(experts))
-        others = torch.tensor([[number for number in numbers if number != owner] for owner in self.owners])
-        self.register_buffer("others", others, persistent=False)
-        self.register_buffer("own", one_hot(torch.tensor(self.owners), len(experts)).bool(), persistent=False)
+        self.experts = Experts(experts, self.owners, width)
+        self.register_buffer("experts_trained", torch.tensor(all(map(has_weights, self.expert_recipes))))
 
     def setup(self, stage: str) -> None:
         """Check that the data has as many source domains."""
@@ -159,18 +144,6 @@ class MetaDMoE(TestTimeAdaptation):
 
     # What is computed -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def tokens(self, x: Any) -> Tensor:
-        """Features of all experts (B, N, D)."""
-        experts: Any = self.experts
-        return torch.stack([expert.module.features(x) for expert in experts], dim=1)
-
-    def masked(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, D) of all domains without those of the expert that knows the domain."""
-        if self.mask == "drop":
-            return torch.take_along_dim(tokens, self.others[:, None, :, None], dim=2)
-        return tokens.masked_fill(self.own[:, None, :, None], 0.0)
-
     def moving(self, network: Network) -> dict[str, nn.Parameter]:
         """What the step moves: all but the head, by name."""
         named = network.named_parameters()
@@ -180,7 +153,7 @@ class MetaDMoE(TestTimeAdaptation):
         """Fit the labels; later, fit them after a step without labels."""
         x, labels, domain = (batch["source"][key] for key in ("image", "label", "domain"))
         if self.progress < self.warmup:
-            aggregated = self.aggregator_head(self.aggregator(self.tokens(x)))
+            aggregated = self.aggregator_head(self.aggregator(self.experts(x)))
             return self.report(
                 student=cross_entropy(self.network(x), labels), aggregator=cross_entropy(aggregated, labels)
             )
@@ -190,12 +163,10 @@ class MetaDMoE(TestTimeAdaptation):
         rows = domain_rows(domain, domains)
         count = min(max(round(self.support * rows.shape[1]), 1), rows.shape[1] - 1)
         support, query = rows[:, :count], rows[:, count:]
-        tokens = self.tokens(x[support.flatten()])
+        tokens = self.experts(x[support.flatten()])
         with evaluating(self.network, self.aggregator), torch.autocast(x.device.type, enabled=False):
-            tokens = self.masked(
-                tokens.to(next(self.network.parameters()).dtype).view(domains, count, *tokens.shape[1:])
-            )
-            targets = self.aggregator(tokens.flatten(0, 1))
+            tokens = tokens.to(next(self.network.parameters()).dtype).unflatten(0, (domains, count))
+            targets = self.aggregator(self.experts.masked(tokens, self.mask).flatten(0, 1))
             own = self.aggregator_weight * cross_entropy(self.aggregator_head(targets), labels[support.flatten()])
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second order
                 # one after the other: finite differences contradict the second order of torch.func.vmap here
@@ -228,7 +199,7 @@ class MetaDMoE(TestTimeAdaptation):
         if self._met is not self.now:
             self._met = self.now
             named = self.now.named
-            loss = mse_loss(self.adapted.features(x), self.aggregator(self.tokens(x)).detach())
+            loss = mse_loss(self.adapted.features(x), self.aggregator(self.experts(x)).detach())
             with torch.autocast(loss.device.type, enabled=False):
                 found = torch.autograd.grad(loss, list(named.values()))
             gradients = averaged_gradients(dict(zip(named, found, strict=True)))
@@ -237,53 +208,3 @@ class MetaDMoE(TestTimeAdaptation):
                     parameter.sub_(self.inner_lr * gradients[name])
         with torch.no_grad():
             return self.adapted(x)
-
-
-class Aggregator(nn.Module):
-    """Features of N experts (B, N, D) to features (B, D), whatever the experts' order.
-
-    A pre-norm transformer with GELU and a hidden layer of 2 D, and the mean over the experts. (The authors have no
-    dropout between attention and residual.)
-
-    Args:
-        width: D.
-        depth: layers, at least 1.
-        heads: attention heads, which divide D.
-        dropout: rate, in [0, 1).
-
-    Raises:
-        UserError: if an argument is out of its range.
-
-    Source: Zhong et al. 2022, arXiv 2210.03885, section 4.1.
-    """
-
-    def __init__(self, width: int, depth: int = 1, heads: int = 16, dropout: float = 0.1) -> None:
-        super().__init__()
-        if depth < 1 or not 0.0 <= dropout < 1.0:
-            raise UserError(f"Aggregator: depth={depth} must be at least 1 and dropout={dropout} lie in [0, 1)")
-        if heads < 1 or width % heads:
-            possible = [number for number in range(1, width + 1) if width % number == 0 and number <= 16]
-            raise UserError(f"Aggregator: heads={heads} must divide the {width} features, as {possible} do")
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth)
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, D)."""
-        for layer in self.layers:
-            tokens = layer(tokens)
-        return tokens.mean(dim=1)
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Inside, these are in evaluation mode; afterwards every part is in its own again."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

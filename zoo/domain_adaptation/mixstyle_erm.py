@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.core.card import Card
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice, suggest
 from zoo.domain_adaptation.generalization import Batch, DomainGeneralization
 from zoo.losses.domain_means import cross_domain_partners, mean_over_domains
 from zoo.losses.mixup import mixing_shares
@@ -66,9 +66,7 @@ class MixStyle(DomainGeneralization):
             raise UserError(f"MixStyle: layers={layers!r} must be a list with at least one name")
         if not 0.0 <= probability <= 1.0 or not alpha > 0.0:
             raise UserError(f"MixStyle: probability={probability} must lie in [0, 1] and alpha={alpha} be positive")
-        if mix not in ("random", "crossdomain"):
-            near = suggest(str(mix), ["random", "crossdomain"])
-            raise UserError(f"MixStyle: mix={mix!r} must be 'random' or 'crossdomain'.{near}")
+        check_choice("MixStyle", "mix", mix, ("random", "crossdomain"))
         self.layers, self.probability, self.alpha, self.mix = list(layers), probability, alpha, mix
 
     def build(self) -> None:

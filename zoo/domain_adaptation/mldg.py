@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from zoo.core.batch_norm import frozen_batch_norm
 from zoo.core.card import Card
 from zoo.core.distributed import sum_across_ranks, sum_with_gradient, world_size
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.domain_adaptation.generalization import Batch, DomainGeneralization
 from zoo.losses.domain_means import domain_rows
 from zoo.optim.virtual import with_parameters
@@ -77,13 +77,8 @@ class MLDG(DomainGeneralization):
             )
         if not 1 <= test_domains < self.num_domains:
             raise UserError(f"MLDG: test_domains={test_domains} must be at least 1 and less than {self.num_domains}")
-        for name, value, choices in (
-            ("order", order, ("first", "second")),
-            ("inner_step", inner_step, ("gradient", "sign")),
-        ):
-            if value not in choices:
-                near = suggest(str(value), list(choices))
-                raise UserError(f"MLDG: {name}={value!r} must be {choices[0]!r} or {choices[1]!r}.{near}")
+        check_choice("MLDG", "order", order, ("first", "second"))
+        check_choice("MLDG", "inner_step", inner_step, ("gradient", "sign"))
         if (order, inner_step) == ("second", "sign"):
             raise UserError("MLDG: inner_step='sign' has no second order: give order: first")
         self.inner_lr, self.test_weight, self.test_domains = inner_lr, test_weight, test_domains

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient, mean_across_ranks
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.core.parts import InParts
 from zoo.core.teachers import EMA
 from zoo.domain_adaptation.base import DomainAdaptation
@@ -75,9 +75,7 @@ class SelfEnsembling(InParts, DomainAdaptation):
         for argument, value in (("consistency_weight", consistency_weight), ("balance_weight", balance_weight)):
             if value < 0.0:
                 raise UserError(f"SelfEnsembling: {argument}={value} must not be negative")
-        if teacher_mode not in ("eval", "train"):
-            near = suggest(str(teacher_mode), ["eval", "train"])
-            raise UserError(f"SelfEnsembling: teacher_mode={teacher_mode!r} must be 'eval' or 'train'.{near}")
+        check_choice("SelfEnsembling", "teacher_mode", teacher_mode, ("eval", "train"))
         self.momentum, self.threshold, self.teacher_mode = momentum, threshold, teacher_mode
         self.consistency_weight, self.balance_weight = consistency_weight, balance_weight
 

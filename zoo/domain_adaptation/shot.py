@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from zoo.core.card import Card
 from zoo.core.distributed import gather_with_gradient
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.core.method import Method
 from zoo.losses.centroids import centroid_labels
 from zoo.losses.information import information_maximization
@@ -73,9 +73,7 @@ class SHOT(Method):
         for argument, value in {**weights, "epsilon": epsilon, "min_count": min_count}.items():
             if value < 0:
                 raise UserError(f"SHOT: {argument}={value} must not be negative")
-        if distance not in ("cosine", "euclidean"):
-            near = suggest(str(distance), ["cosine", "euclidean"])
-            raise UserError(f"SHOT: distance={distance!r} must be 'cosine' or 'euclidean'.{near}")
+        check_choice("SHOT", "distance", distance, ("cosine", "euclidean"))
         self.information_weight, self.pseudo_label_weight = information_weight, pseudo_label_weight
         self.diversity, self.epsilon, self.distance, self.min_count = diversity, epsilon, distance, min_count
 

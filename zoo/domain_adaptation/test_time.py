@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.core.method import Method
 from zoo.core.network import Network
 from zoo.core.teachers import Frozen
@@ -70,7 +70,9 @@ class TestTimeAdaptation(Method):
 
     def __init__(self, mode: Literal["online", "episodic"] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.mode = _one_of(self, "mode", mode, ("online", "episodic")) or self.published_mode
+        if mode is not None:
+            check_choice(type(self).__name__, "mode", mode, ("online", "episodic"))
+        self.mode = mode or self.published_mode
         self._now: Adapting | None = None  # no module, and so no part of this one and of its checkpoints
         self._adapts = False
 
@@ -214,8 +216,9 @@ class GradientAdaptation(TestTimeAdaptation):
         if adaptation_steps < 1:
             raise UserError(f"{type(self).__name__}: adaptation_steps={adaptation_steps} must be at least 1")
         self.adaptation_steps, self.adaptation_optimizer_recipe = adaptation_steps, adaptation_optimizer
-        given = _one_of(self, "prediction", prediction, ("before", "after"))
-        self.prediction = given or self.published_prediction
+        if prediction is not None:
+            check_choice(type(self).__name__, "prediction", prediction, ("before", "after"))
+        self.prediction = prediction or self.published_prediction
 
     @abstractmethod
     def learn(self, x: Any) -> Tensor:
@@ -250,10 +253,3 @@ class GradientAdaptation(TestTimeAdaptation):
             now.named[name].grad = gradient
         now.optimizer.step()
         now.optimizer.zero_grad()
-
-
-def _one_of(method: Any, name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value not in (None, *choices):
-        near = suggest(str(value), choices)
-        raise UserError(f"{type(method).__name__}: {name}={value!r} must be {' or '.join(map(repr, choices))}.{near}")
-    return value

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from zoo.core.batch_norm import frozen_batch_norm
 from zoo.core.card import Card
 from zoo.core.distributed import world_size
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice
 from zoo.domain_adaptation.base import DomainAdaptation
 from zoo.losses.inconsistency import gradient_size, gradient_variance_gap
 from zoo.optim.sam import SAM
@@ -80,9 +80,7 @@ class UDIM(DomainAdaptation):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if perturbation not in ("pixels", "style"):
-            near = suggest(perturbation, ["pixels", "style"])
-            raise UserError(f"UDIM: perturbation={perturbation!r} must be 'pixels' or 'style'.{near}")
+        check_choice("UDIM", "perturbation", perturbation, ("pixels", "style"))
         for name, value in (("step_size", step_size), ("inconsistency_weight", inconsistency_weight), ("rho", rho)):
             if not value >= 0.0:
                 raise UserError(f"UDIM: {name}={value} must not be negative")

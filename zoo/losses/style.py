@@ -14,10 +14,11 @@ def mix_styles(x: Tensor, share: Tensor, partners: Tensor, eps: float = 1e-6) ->
         \bar\sigma_i = \lambda_i \sigma_i + (1 - \lambda_i) \sigma_{\pi(i)}
 
     Mean and standard deviation are those of each sample's channels over their positions, with n - 1 in the denominator
-    as in the authors' code; no gradient flows through them.
+    as in the authors' code; no gradient flows through them. With λ = 1, or itself as the partner, a sample stays
+    exactly what it is. Of one position only the mean is mixed.
 
     Args:
-        x: maps (B, C, H, W), or positions (B, N, C) of a transformer; at least two positions.
+        x: maps (B, C, H, W), or positions (B, N, C) of a transformer.
         share: λ in [0, 1] (B,).
         partners: π (B,) int64.
         eps: added to the variance.
@@ -29,9 +30,10 @@ def mix_styles(x: Tensor, share: Tensor, partners: Tensor, eps: float = 1e-6) ->
     """
     positions = (2, 3) if x.ndim == 4 else (1,)
     values = x.float() if x.element_size() < 4 else x
-    variance, mean = (s.detach() for s in torch.var_mean(values, dim=positions, keepdim=True))
+    several = int(values[0, 0].numel() > 1) if x.ndim == 4 else int(x.shape[1] > 1)
+    variance, mean = torch.var_mean(values.detach(), dim=positions, correction=several, keepdim=True)
     deviation = (variance + eps).sqrt()
     share = share.to(values).view(-1, *[1] * (x.ndim - 1))
-    new_mean = torch.lerp(mean[partners], mean, share)
-    new_deviation = torch.lerp(deviation[partners], deviation, share)
-    return ((values - mean) / deviation * new_deviation + new_mean).to(x.dtype)
+    new_mean, new_deviation = (torch.lerp(own[partners], own, share) for own in (mean, deviation))
+    ratio = new_deviation / deviation
+    return (values * ratio + (new_mean - ratio * mean)).to(x.dtype)  # in this form exactly x where the style is its own
