@@ -100,9 +100,16 @@ class TransferValidation(Callback):
                 f"TransferValidation: {what} shows no unlabelled target to validate on; a model that is to generalise "
                 "is chosen by val/accuracy, that of the source"
             )
-        if "deep_embedded_validation" in self.validators and not data.val_size:  # type: ignore[union-attr]
+        if "deep_embedded_validation" not in self.validators:
+            return
+        if not data.val_size:  # type: ignore[union-attr]
             raise UserError(
                 "TransferValidation: deep_embedded_validation needs held-out source samples: val_size above 0"
+            )
+        if data.source_free:  # type: ignore[union-attr]
+            raise UserError(
+                f"TransferValidation: deep_embedded_validation needs source samples, which {type(pl_module).__name__} "
+                "must not see; leave it out of the validators"
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

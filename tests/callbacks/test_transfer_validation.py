@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from callbacks import RunSummary, TransferValidation
 from callbacks.transfer_validation import VALIDATORS
 from datamodules import Blobs, DomainData, GeneralizationData
-from zoo import DANN, Network
+from zoo import DANN, SHOT, Network
 from zoo.core.checkpoint_io import RunCheckpoint
 from zoo.core.errors import UserError
 from zoo.core.validators import deep_embedded_validation, density_ratio, soft_neighborhood_density
@@ -202,3 +202,6 @@ def test_what_is_not_possible_is_said_before_the_training() -> None:
         TransferValidation().setup(SimpleNamespace(datamodule=unseen), None, "fit")
     with pytest.raises(UserError, match="needs held-out source samples: val_size above 0"):
         TransferValidation(VALIDATORS).setup(SimpleNamespace(datamodule=data(val_size=0)), None, "fit")
+    network = partial(Network, backbone="tiny_cnn", in_channels=1)
+    with pytest.raises(UserError, match="needs source samples, which SHOT must not see"):
+        trainer(TransferValidation(VALIDATORS)).fit(SHOT(network=network, num_classes=3), data())

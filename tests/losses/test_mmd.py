@@ -93,6 +93,17 @@ def test_equal_sets() -> None:
         assert mmd(x, x, estimator=estimator).item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "linear", "pairs"])
+@pytest.mark.parametrize("distance", [0.0, 1e-20])
+def test_features_that_are_all_alike_have_a_finite_gradient(estimator, distance) -> None:
+    """As of a layer of dead units: 0 · ∞ would put NaN into every weight."""
+    x, y = torch.zeros(2, 3, requires_grad=True), torch.full((2, 3), distance, requires_grad=True)
+    (1e6 * mmd(x, y, estimator=estimator)).backward()
+    for z in (x, y):
+        assert z.grad.isfinite().all()
+        assert z.grad.abs().max() < 1e15
+
+
 def test_order_matters_to_the_linear_estimators_alone() -> None:
     x, y, order = samples(6), samples(6, shift=1, seed=1), torch.tensor([3, 1, 0, 5, 4, 2])
     for estimator in ("unbiased", "biased"):

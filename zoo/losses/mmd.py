@@ -133,7 +133,8 @@ def _values(distances: Tensor, variance: Tensor, kernel: Gaussian) -> Tensor:
     """The kernel at squared distances."""
     if kernel.variance is not None:
         variance = distances.new_full((), kernel.variance)
-    scaled = distances / (2 * variance).clamp_min(torch.finfo(distances.dtype).tiny)
+    # Where all samples are equal, the gradient is 0 times 1 / floor, however often it is multiplied on its way back.
+    scaled = distances / (2 * variance).clamp_min(torch.finfo(distances.dtype).tiny ** 0.5)
     return torch.stack([(-scaled / a).exp() for a in kernel.multipliers]).sum(dim=0)
 
 
