@@ -1,11 +1,13 @@
 """What spans processes: the same weights from two ranks as from one, sharded or not, interrupted or not."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,25 +188,48 @@ def zoo(*arguments: Any, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, "-m", "zoo", *map(str, arguments)]
 
 
-def run(*processes: list[str], folder: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
-    """Run processes at once until all have ended."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "ZOO_RUN_FOLDER")
-    env = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"} | environment
-    started = [
-        subprocess.Popen(p, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for p in processes
+def family(pid: int) -> list[int]:
+    """A process and those that it has started, which torchrun puts into sessions of their own."""
+    children = [
+        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
     ]
+    return [pid, *(one for child in children for one in family(child))]
+
+
+def run(*processes: list[str], folder: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run processes at once until all have ended; those that hang tell where."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "ZOO_RUN_FOLDER")
+    env = {k: v for k, v in os.environ.items() if k not in names}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment
+    logs = [folder / f"output_{number}.txt" for number in range(len(processes))]
+    started = [
+        subprocess.Popen(p, cwd=folder, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for p, log in zip(processes, logs, strict=True)
+    ]
+    deadline = time.monotonic() + 240
     try:
-        outputs = [p.communicate(timeout=300)[0] for p in started]
+        while any(p.poll() is None for p in started):
+            if time.monotonic() > deadline:
+                for pid in [pid for p in started for pid in reversed(family(p.pid))]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGABRT)  # it writes its stacks
+                time.sleep(3)
+                told = "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
+                raise TimeoutError(f"{[p.poll() for p in started]} after 240 s\n{told}")
+            time.sleep(0.1)
     finally:
-        for p in started:
-            p.kill()
-    return [subprocess.CompletedProcess(p.args, p.returncode, o) for p, o in zip(started, outputs, strict=True)]
+        for pid in [pid for p in started if p.poll() is None for pid in family(p.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return [
+        subprocess.CompletedProcess(p.args, p.wait(), log.read_text()) for p, log in zip(started, logs, strict=True)
+    ]
 
 
 def succeeded(*processes: list[str], folder: Path) -> None:
-    for done in run(*processes, folder=folder):
-        assert done.returncode == 0, done.stdout
+    """Run them; if one fails, all tell what they printed."""
+    finished = run(*processes, folder=folder)
+    assert all(done.returncode == 0 for done in finished), "\n---\n".join(done.stdout for done in finished)
 
 
 def fit_here(*arguments: Any) -> None:

@@ -108,6 +108,14 @@ def _relative(path: os.PathLike[str]) -> str:
     return os.fspath(path) if shown.startswith("..") else shown
 
 
+def _leave_group() -> None:
+    """Hang up on the other ranks before the interpreter ends: what is still connected then may keep it from ending."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one ``zoo`` command.
 
@@ -117,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for something the user can mend.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    of_process = argv is None
+    argv = list(sys.argv[1:] if of_process else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         if command in ("--help", "-h", "help"):
@@ -133,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "show":
             return _show(rest)
         if command in TRAINER:
-            return int(importlib.import_module("zoo.cli").main(argv) or 0)
+            status = int(importlib.import_module("zoo.cli").main(argv) or 0)
+            if of_process:
+                _leave_group()
+            return status
         if command in TOOLS:
             return int(importlib.import_module(f"zoo.{command}").main(rest) or 0)
         commands = [*TRAINER, *HERE, *TOOLS]
