@@ -60,7 +60,7 @@ class FixMatchAdaptation(DomainAdaptation):
         if self.forward_pass == "split":
             with torch.no_grad():
                 weak_logits = self.network(weak)
-            return self.network(source), weak_logits, self.network(strong)
+            return self.on_source(self.network, source), weak_logits, self.network(strong)
         sizes = [len(source), len(weak), len(strong)]
         logits, weak_logits, strong_logits = self.network(torch.cat([source, weak, strong])).split(sizes)
         return logits, weak_logits.detach(), strong_logits
