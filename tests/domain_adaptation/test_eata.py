@@ -130,6 +130,21 @@ def test_ranks_choose_together(on_ranks) -> None:
         assert torch.allclose(ours, one, atol=1e-5)
 
 
+def test_ranks_measure_as_many_batches_whatever_their_sizes(on_ranks) -> None:
+    """A rank that went on alone would wait for the others for ever."""
+    x = torch.randn(27, 1, 12, 12)
+
+    def run(rank: int) -> list[torch.Tensor]:
+        made = method(fisher_weight=1.0, fisher_samples=14)
+        made.held_out = lambda: iter([x[:7], x[7:14]] if rank == 0 else [x[14:20], x[20:27]])  # 13 samples, then 14
+        made.reset()
+        made.begin(iter(()))
+        return [information for information, _ in made.anchors.values()]
+
+    for ours, theirs in zip(*on_ranks(run), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"entropy_margin": 0.0}, {"entropy_margin": math.inf}, {"redundancy_margin": 0.0}, {"fisher_weight": -1.0}],

@@ -100,7 +100,7 @@ class EATA(GradientAdaptation):
             logits = self.adapted(x)
             gradients = self.gradients(cross_entropy(logits, logits.argmax(dim=1)))
             squares = {name: value + gradients[name].square() for name, value in squares.items()}
-            batches, seen = batches + 1, seen + len(logits) * world_size()
+            batches, seen = batches + 1, seen + int(sum_across_ranks(torch.tensor(len(logits), device=logits.device)))
             if seen >= self.fisher_samples:
                 break
         self.anchors = {name: (squares[name] / batches, p.detach().clone()) for name, p in self.now.named.items()}
