@@ -7,17 +7,17 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.sources.base import MissingData, list_images
-from datamodules.sources.folders import FileList, _Files, _folders, _is_number
-from zoo.core.errors import UserError, suggest
+from datamodules.sources.folders import FileList, Files, _folders, _is_number
+from zoo.core.errors import UserError, check_choice, suggest
 
 NamedRows = list[tuple[str, str]]  # (path, name of the class, or nothing where it is not known)
 Protocol = Literal["transductive", "holdout"]
 
 
-class DomainFiles(_Files):
+class DomainFiles(Files):
     """What sources of one domain of several share.
 
     Samples are found with the *names* of their classes, which then give the numbers: a list that counts from 1, or in
@@ -30,13 +30,7 @@ class DomainFiles(_Files):
         protocol: ``"transductive"``: all images are both training and test set, as is usual for the target of
             unsupervised adaptation, whose training sees no label; ``"holdout"``: training and test set share no image,
             by the lists of the set where it has them, else by a stratified share that ``seed`` draws once and for all.
-        channels: 3 or 1.
-        mean: per channel in 0..1; ImageNet's if not given.
-        std: per channel; ImageNet's if not given.
-        flip: whether mirrored images still show their class.
-        test_fraction: share held out as test set where nothing else divides the domain.
-        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start.
-        seed: of that share.
+        **kwargs: see :class:`~datamodules.sources.folders.Files`.
 
     Raises:
         UserError: for an unknown protocol; where classes are contradictory.
@@ -51,20 +45,13 @@ class DomainFiles(_Files):
         domain: str,
         size: int = 224,
         protocol: Protocol | None = None,
-        channels: int = 3,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        flip: bool = True,
-        test_fraction: float = 0.2,
-        skip_broken: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         self.root = root
         self.domain = domain
-        super().__init__(size, channels, mean, std, flip, skip_broken, test_fraction, seed)
-        if protocol not in (None, "transductive", "holdout"):
-            near = suggest(str(protocol), ["transductive", "holdout"])
-            raise UserError(f"{self.name}: protocol={protocol!r} must be 'transductive' or 'holdout'.{near}")
+        super().__init__(size, **kwargs)
+        if protocol is not None:
+            check_choice(self.name, "protocol", protocol, ("transductive", "holdout"))
         self.protocol: Protocol = protocol or self.default_protocol
 
     @property
@@ -141,13 +128,7 @@ class DomainFolders(DomainFiles):
         size: height and width images are brought to.
         protocol: see :class:`DomainFiles`; ``transductive`` if not given.
         classes: names in the order of their numbers; sorted names of the folders if not given.
-        channels: 3 or 1.
-        mean: per channel in 0..1; ImageNet's if not given.
-        std: per channel; ImageNet's if not given.
-        flip: whether mirrored images still show their class.
-        test_fraction: share held out as test set where nothing else divides the domain.
-        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start.
-        seed: of that share.
+        **kwargs: see :class:`DomainFiles`.
     """
 
     def __init__(
@@ -157,15 +138,9 @@ class DomainFolders(DomainFiles):
         size: int = 224,
         protocol: Protocol | None = None,
         classes: tuple[str, ...] | None = None,
-        channels: int = 3,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        flip: bool = True,
-        test_fraction: float = 0.2,
-        skip_broken: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, domain, size, protocol, channels, mean, std, flip, test_fraction, skip_broken, seed)
+        super().__init__(root, domain, size, protocol, **kwargs)
         self._given = _given(self.name, classes)
 
     def expected(self) -> Sequence[str]:
@@ -202,13 +177,7 @@ class DomainLists(DomainFiles):
         classes: names in the order of their numbers.
         size: height and width images are brought to.
         protocol: see :class:`DomainFiles`; ``transductive`` if not given.
-        channels: 3 or 1.
-        mean: per channel in 0..1; ImageNet's if not given.
-        std: per channel; ImageNet's if not given.
-        flip: whether mirrored images still show their class.
-        test_fraction: share held out as test set where nothing else divides the domain.
-        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start.
-        seed: of that share.
+        **kwargs: see :class:`DomainFiles`.
     """
 
     def __init__(
@@ -222,15 +191,9 @@ class DomainLists(DomainFiles):
         classes: tuple[str, ...] | None = None,
         size: int = 224,
         protocol: Protocol | None = None,
-        channels: int = 3,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        flip: bool = True,
-        test_fraction: float = 0.2,
-        skip_broken: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, domain, size, protocol, channels, mean, std, flip, test_fraction, skip_broken, seed)
+        super().__init__(root, domain, size, protocol, **kwargs)
         self.list_file = list_file
         self.test_list = test_list
         self.images = images

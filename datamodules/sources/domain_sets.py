@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from datamodules.sources.base import MissingData
 from datamodules.sources.domain_files import DomainFiles, NamedRows, Protocol, folder_parts, plain, read_list
-from zoo.core.errors import UserError, suggest
+from zoo.core.errors import UserError, check_choice, suggest
 
 _OFFICE_31 = """
     back_pack bike bike_helmet bookcase bottle calculator desk_chair desk_lamp desktop_computer file_cabinet
@@ -258,9 +258,7 @@ class OfficeHome(Benchmark):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, domain, size, protocol, **kwargs)
-        if class_order not in ("alphabetical", "tllib"):
-            near = suggest(class_order, ["alphabetical", "tllib"])
-            raise UserError(f"{self.name}: class_order={class_order!r} must be 'alphabetical' or 'tllib'.{near}")
+        check_choice(self.name, "class_order", class_order, ("alphabetical", "tllib"))
         self.class_order = class_order
 
     @property

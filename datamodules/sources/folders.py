@@ -6,6 +6,7 @@ import csv
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,22 +26,37 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class _Files(Source):
-    """Shared by sources whose samples are image files."""
+class Files(Source):
+    """Base of sources whose samples are image files.
+
+    Args:
+        size: height and width images are brought to (shorter side resized, middle square).
+        channels: 3 or 1.
+        mean: per channel in 0..1; ImageNet's if not given.
+        std: per channel; ImageNet's if not given.
+        flip: whether mirrored images still show their class.
+        test_fraction: share held out as test set where nothing else makes a split.
+        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start; to
+            find them every image is read once.
+        seed: of that split.
+
+    Raises:
+        UserError: for a size, a number of channels or a share that cannot be.
+    """
 
     streams = True
     _broken: frozenset[str] | None = None
 
     def __init__(
         self,
-        size: int,
-        channels: int,
-        mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-        flip: bool,
-        skip_broken: bool,
-        test_fraction: float,
-        seed: int,
+        size: int = 224,
+        channels: int = 3,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        flip: bool = True,
+        test_fraction: float = 0.2,
+        skip_broken: bool = False,
+        seed: int = 0,
     ) -> None:
         if channels not in (1, 3):
             raise UserError(f"{self.name}: channels={channels} must be 1 (grey) or 3 (colour)")
@@ -135,7 +151,7 @@ class _Files(Source):
         return self._part("unlabeled")
 
 
-class ImageFolder(_Files):
+class ImageFolder(Files):
     """A folder per class: ``ROOT/train/CLASS/*.png`` and ``ROOT/test/CLASS/*.png``, or ``ROOT/CLASS/*.png``.
 
     Class numbers follow the sorted folder names. Instead of ``test`` the folder may be called ``val`` or
@@ -144,30 +160,12 @@ class ImageFolder(_Files):
 
     Args:
         root: the folder.
-        size: height and width images are brought to (shorter side resized, middle square).
-        channels: 3 or 1.
-        mean: per channel in 0..1; ImageNet's if not given.
-        std: per channel; ImageNet's if not given.
-        flip: whether mirrored images still show their class.
-        test_fraction: share held out as test set where the folders make no split.
-        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start; to
-            find them every image is read once.
-        seed: of that split.
+        size: height and width images are brought to.
+        **kwargs: see :class:`Files`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        size: int = 224,
-        channels: int = 3,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        flip: bool = True,
-        test_fraction: float = 0.2,
-        skip_broken: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(size, channels, mean, std, flip, skip_broken, test_fraction, seed)
+    def __init__(self, root: str, size: int = 224, **kwargs: Any) -> None:
+        super().__init__(size, **kwargs)
         self.root = root
         self._names: tuple[str, ...] | None = None
 
@@ -225,7 +223,7 @@ class ImageFolder(_Files):
         return [(str(path), label) for label, name in enumerate(self.classes) for path in list_images(folder / name)]
 
 
-class FileList(_Files):
+class FileList(Files):
     """Images named in a text file: lines ``path label`` (the last space divides), or a CSV with columns path and label.
 
     Labels are class numbers from 0, or class names (numbered in sorted order); lists that count from 1 are refused
@@ -237,19 +235,12 @@ class FileList(_Files):
         test_list: the test list; without it a stratified part of the training list is held out.
         root: folder that paths start from; the list's own folder if not given.
         size: height and width images are brought to.
-        channels: 3 or 1.
         classes: names in the order of the class numbers; found from the lists if not given.
         first_label: the number of the first class in the lists; 0 if not given, and then some label has to be 0 where
             the classes are found from the lists.
         path_column: a CSV's column of paths.
         label_column: a CSV's column of labels.
-        mean: per channel in 0..1; ImageNet's if not given.
-        std: per channel; ImageNet's if not given.
-        flip: whether mirrored images still show their class.
-        test_fraction: share held out as test set where there is no test list.
-        skip_broken: pass over unreadable images, which a warning counts and names, instead of refusing to start; to
-            find them every image is read once.
-        seed: of that split.
+        **kwargs: see :class:`Files`.
     """
 
     def __init__(
@@ -258,19 +249,13 @@ class FileList(_Files):
         test_list: str | None = None,
         root: str | None = None,
         size: int = 224,
-        channels: int = 3,
         classes: tuple[str, ...] | None = None,
         first_label: int | None = None,
         path_column: str = "path",
         label_column: str = "label",
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        flip: bool = True,
-        test_fraction: float = 0.2,
-        skip_broken: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(size, channels, mean, std, flip, skip_broken, test_fraction, seed)
+        super().__init__(size, **kwargs)
         self.list_file = list_file
         self.test_list = test_list
         self.root = root
