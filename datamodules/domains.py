@@ -50,9 +50,9 @@ class DomainData(PseudoLabels):
     Batch: ``source`` {image, label, domain, index}, ``target`` {image, weak, strong, domain, index, hidden_label,
     pseudo_label, pseudo_label_weight, has_pseudo_label}, or other views where the method names them in ``source_views``
     and ``target_views``: what no method looks at is not made. The last three are what a ``PseudoLabeler`` among the
-    callbacks last gave, see :class:`~datamodules.pseudo_labels.PseudoLabels`. Validation: ``val``, held-out labelled
-    source samples, on which a model may be selected, and ``oracle``, held-out target samples, whose labels a real user
-    would not have. Test: ``test``, the target's test set.
+    callbacks last gave, where there is one, see :class:`~datamodules.pseudo_labels.PseudoLabels`. Validation: ``val``,
+    held-out labelled source samples, on which a model may be selected, and ``oracle``, held-out target samples, whose
+    labels a real user would not have. Test: ``test``, the target's test set.
 
     A method with ``source_views = ()`` learns without the source: nothing of it is then checked, fetched or loaded,
     there is no role ``source`` and no ``val``. What is said of the source, its size and normalisation, still counts.

@@ -32,7 +32,8 @@ class Unlabeled(Dataset):
 class PseudoLabels(Data):
     r"""Data with a role whose samples the ``PseudoLabeler`` callback labels anew every few epochs.
 
-    Training batches of that role carry three further keys, from the first step on:
+    Training batches of that role carry three further keys, from the first step on, where somebody gives labels (that
+    callback, or :meth:`set_pseudo_labels`) or the method says that it reads them, ``reads_pseudo_labels = True``:
 
     - ``pseudo_label`` (B, C) float32: the probabilities last given for these samples, matched by ``index``;
     - ``pseudo_label_weight`` (B,) float32 in [0, 1]: how much each counts; 1 where no weights were given;
@@ -123,8 +124,19 @@ class PseudoLabels(Data):
             batch[role].update(self._labels_of(batch[role]["index"]))
         return batch
 
+    @property
+    def _pseudo_labels_are_read(self) -> bool:
+        """Whether anybody at hand gives or reads labels; nobody is known to outside a trainer, who might."""
+        trainer = self.trainer
+        if trainer is None or (method := getattr(trainer, "lightning_module", None)) is None:
+            return True
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return getattr(method, "reads_pseudo_labels", False) or any(hasattr(c, "relabel") for c in callbacks)
+
     def _labels_of(self, index: Tensor) -> dict[str, Tensor]:
         if self._labels is None:
+            if not self._pseudo_labels_are_read:
+                return {}
             return {
                 "pseudo_label": torch.zeros(len(index), self.num_classes, device=index.device),
                 "pseudo_label_weight": torch.zeros(len(index), device=index.device),

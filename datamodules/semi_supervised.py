@@ -23,8 +23,8 @@ class SemiSupervisedData(PseudoLabels):
 
     Batch: ``labeled`` {image, label, index}, ``unlabeled`` {weak, strong, index, hidden_label, pseudo_label,
     has_pseudo_label}, or other views where the method names them in ``labeled_views`` and ``unlabeled_views``: what no
-    method looks at is not made. The last two are what a ``PseudoLabeler`` among the callbacks last gave, see
-    :class:`~datamodules.pseudo_labels.PseudoLabels`.
+    method looks at is not made. The last two are what a ``PseudoLabeler`` among the callbacks last gave, where there is
+    one, see :class:`~datamodules.pseudo_labels.PseudoLabels`.
 
     Args:
         source: where samples come from.

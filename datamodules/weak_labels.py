@@ -29,7 +29,7 @@ class WeakLabelData(PseudoLabels):
 
     Batch: ``labeled`` {image, label, index}, or ``weak`` {image, label, probabilities, index, hidden_label,
     pseudo_label, has_pseudo_label} where ``label`` is the weak model's most probable class, and the last two are what
-    the student itself last said through a ``PseudoLabeler`` among the callbacks, see
+    the student itself last said through a ``PseudoLabeler`` among the callbacks, where there is one, see
     :class:`~datamodules.pseudo_labels.PseudoLabels`. Samples are numbered as in the source's training set.
 
     Args:

@@ -19,6 +19,7 @@ from zoo.core.schedules import CosineLR
 from zoo.policies import Balanced, ConfidenceThreshold, Curriculum, MeanVote, MostConfident, Selection
 
 STEPS = 3  # an epoch
+KEYS = ("index", "pseudo_label", "pseudo_label_weight")
 
 
 class Layer(nn.Module):
@@ -40,7 +41,7 @@ class Watch(Callback):
         optimizer = trainer.optimizers[0]
         self.seen.append(
             {
-                **{k: batch["unlabeled"][k].clone() for k in ("index", "pseudo_label", "pseudo_label_weight")},
+                **{k: batch["unlabeled"][k].clone() for k in KEYS if k in batch["unlabeled"]},
                 "weight": pl_module.network.layer.weight.detach().clone(),
                 "average": pl_module.teacher.module.layer.weight.clone(),
                 "updates": pl_module.teacher.updates.clone(),

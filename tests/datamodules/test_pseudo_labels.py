@@ -266,3 +266,35 @@ def test_predictions_of_other_samples_than_those_of_training_are_refused(tmp_pat
     half = WeakLabelData(Blobs(samples=60), batch_size=4, val_size=9)
     trainer(tmp_path, PredictionWriter()).predict(model, half, return_predictions=False)
     blobs(pseudo_labels=file).setup("fit")
+
+
+class Plain(Relabeled):
+    def training_step(self, batch, batch_idx):
+        self.seen.append(set(batch["unlabeled"]))
+        return self.report(supervised=cross_entropy(self.network(batch["labeled"]["image"]), batch["labeled"]["label"]))
+
+
+class Reader(Plain):
+    reads_pseudo_labels = True
+
+
+KEYS = {"pseudo_label", "pseudo_label_weight", "has_pseudo_label"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "callbacks", "given", "expected"),
+    [
+        (Plain, (), False, False),
+        (Plain, (), True, True),
+        (Plain, (PseudoLabeler(at_start=False),), False, True),
+        (Reader, (), False, True),
+    ],
+)
+def test_only_who_gives_or_reads_labels_has_their_keys(tmp_path, kind, callbacks, given, expected):
+    model, data = method(kind), blobs()
+    if given:
+        data.setup("fit")
+        data.set_pseudo_labels(torch.arange(2), torch.eye(3)[:2])
+    trainer(tmp_path, *callbacks).fit(model, data)
+    assert all(keys & KEYS == (KEYS if expected else set()) for keys in model.seen)
+    assert all({"weak", "strong", "index"} <= keys for keys in model.seen)

@@ -101,6 +101,11 @@ class Wrapper(Method):
         return self.method.target_views
 
     @property
+    def reads_pseudo_labels(self) -> bool:
+        """What the inner method says."""
+        return getattr(self.method, "reads_pseudo_labels", False)
+
+    @property
     def watched(self) -> Any:
         """Where the inner method shows its targets."""
         return self.method.watched

@@ -57,6 +57,7 @@ class SHOT(Method):
     )
     source_views: ClassVar[tuple[str, ...]] = ()
     target_views: ClassVar[tuple[str, ...]] = ("image",)
+    reads_pseudo_labels: ClassVar[bool] = True
 
     def __init__(
         self,

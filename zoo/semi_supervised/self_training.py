@@ -3,7 +3,7 @@
 Amini et al. 2022, https://arxiv.org/abs/2202.12040
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -51,6 +51,7 @@ class SelfTraining(SemiSupervised):
         roles=("labeled", "unlabeled"),
     )
     labeled_view = "image"
+    reads_pseudo_labels: ClassVar[bool] = True
 
     def __init__(
         self,
