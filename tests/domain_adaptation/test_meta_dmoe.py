@@ -188,6 +188,16 @@ def test_a_set_is_predicted_after_one_step_on_its_first_batch() -> None:
     assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
 
 
+def test_the_first_batch_is_predicted_with_the_step_in_16_bits_too() -> None:
+    made, x = method(inner_lr=0.5).eval(), torch.randn(6, 1, 8, 8)
+    made._adapts = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = made(x)
+        torch.clear_autocast_cache()
+        assert torch.equal(made(x), first), "16-bit copies of before the step"
+        assert not torch.equal(made.network(x), first)
+
+
 def test_episodic_makes_the_step_in_every_batch() -> None:
     made, x = method(inner_lr=0.2, mode="episodic").eval(), torch.randn(12, 1, 8, 8)
     (found,) = predicted(made, x)

@@ -206,5 +206,6 @@ class MetaDMoE(TestTimeAdaptation):
             with torch.no_grad():
                 for name, parameter in named.items():
                     parameter.sub_(self.inner_lr * gradients[name])
+            torch.clear_autocast_cache()  # it holds 16-bit casts of before the step
         with torch.no_grad():
             return self.adapted(x)
