@@ -113,6 +113,20 @@ def test_weights_come_back_bit_for_bit_also_after_an_error() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_16_bit_casts_are_those_of_the_weights_at_hand() -> None:
+    module, x = network().float(), X.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        here = module(x)
+        named = dict(module.named_parameters())
+        found = torch.autograd.grad(here.sum(), list(named.values()))
+        gradients = dict(zip(named, found, strict=True))
+        with SAM(0.5).ascended(module, gradients):
+            above = module(x)
+        back = module(x)
+    assert not torch.equal(above, here)
+    assert torch.equal(back, here)
+
+
 def test_running_statistics_move_in_the_first_pass_alone() -> None:
     module = network(norm=True)
     loss(module).backward()

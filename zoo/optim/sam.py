@@ -128,6 +128,7 @@ class SAM:
         with torch.no_grad():
             if moving:
                 torch._foreach_add_(moving, deltas)
+        torch.clear_autocast_cache()  # it holds 16-bit casts of θ
         try:
             with frozen_batch_norm(module):
                 yield
@@ -135,3 +136,4 @@ class SAM:
             with torch.no_grad():
                 if moving:
                     torch._foreach_copy_(moving, kept)
+            torch.clear_autocast_cache()
