@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from zoo.core.errors import UserError
 from zoo.losses import (
     coral,
     cross_domain_partners,
@@ -122,3 +123,5 @@ def test_rows_and_partners() -> None:
     assert places.tolist() == [2, 1, 0, 0, 2, 1]
     partners, _ = cross_domain_partners(torch.zeros(4, dtype=torch.int64), 1, torch.tensor([0]))
     assert sorted(partners.tolist()) == list(range(4))
+    with pytest.raises(UserError, match="batch of 6 has not as many samples of each of 4"):
+        cross_domain_partners(domain, 4, torch.arange(4))

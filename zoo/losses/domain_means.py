@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.core.distributed import gather_across_ranks, gather_with_gradient, sum_across_ranks, sum_with_gradient
+from zoo.core.errors import UserError
 
 
 def domain_indicators(domain: Tensor, num_domains: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,7 +141,13 @@ def pairwise_mmd(
 
 
 def domain_rows(domain: Tensor, num_domains: int) -> Tensor:
-    """Rows of the samples of each domain: (B,) to (S, B / S), for a batch with as many samples of every domain."""
+    """Rows of the samples of each domain: (B,) to (S, B / S), for a batch with as many samples of every domain.
+
+    Raises:
+        UserError: for a batch that is no multiple of S.
+    """
+    if len(domain) % num_domains:
+        raise UserError(f"a batch of {len(domain)} has not as many samples of each of {num_domains} domains")
     return domain.argsort(stable=True).view(num_domains, -1)
 
 
@@ -154,6 +161,9 @@ def cross_domain_partners(domain: Tensor, num_domains: int, order: Tensor) -> tu
 
     Returns:
         Row of the partner (B,), and the place in the ring (B,) of each sample's own domain.
+
+    Raises:
+        UserError: for a batch that is no multiple of S.
     """
     rows = domain_rows(domain, num_domains)
     order = order.to(domain.device)
