@@ -47,7 +47,8 @@ class UDIM(DomainAdaptation):
         perturbation: ``"pixels"`` moves every pixel, each image by ``step_size`` in Euclidean norm (the authors' code
             divides each pixel's gradient by its norm over the batch, so that images depend on each other);
             ``"style"`` moves only mean and standard deviation of each image's channels, as AdvStyle does, by
-            ``step_size`` times the gradient of the batch's mean loss. The code's scripts switch the latter on.
+            ``step_size`` times the gradient of the batch's mean loss. The authors' script for a single source switches
+            it on, that for several does not. (Their code makes the image before the step, so that it stays as it was.)
         step_size: ≥ 0, in units of the normalised images. 10 in the authors' scripts.
         inconsistency_weight: w ≥ 0; with 0 this is SAM, and with ``rho=0`` besides it is the source-only baseline.
         rho: ρ ≥ 0, the radius of SAM.
