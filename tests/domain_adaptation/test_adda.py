@@ -72,6 +72,9 @@ def test_first_the_source_then_the_target() -> None:
     assert not made.started
 
     learnt, head = kept(made.network), kept(made.network.head)
+    assert optimizer.state
+    made.training_step(batch(), 0)
+    assert not optimizer.state  # it begins anew: what the source's steps left would go on moving the features
     step(made, optimizer)
     assert made.started
     assert unmoved(learnt, made.source_network.module)
@@ -86,6 +89,9 @@ def test_first_the_source_then_the_target() -> None:
 def test_adaptation_follows_the_inverted_label() -> None:
     made, _ = method(pretrain=0.0, domain_weight=2.0, ramp_steps=0)  # a λ that must not matter
     made.begin()
+    with torch.no_grad():
+        for p in made.network.parameters():  # the target's network has gone on, the source's has not
+            p.add_(0.05 * torch.randn_like(p))
     made.training_step(batch(), 0).backward()
     with torch.no_grad():
         f_s = made.source_network.module.features(batch()["source"]["image"])
@@ -97,6 +103,13 @@ def test_adaptation_follows_the_inverted_label() -> None:
         for p, g in zip(part.parameters(), torch.autograd.grad(loss, list(part.parameters())), strict=True):
             assert g.abs().sum() > 0
             assert torch.allclose(p.grad, g, atol=1e-6)
+
+
+def test_statistics_of_the_discriminator_are_those_of_its_own_batch_alone() -> None:
+    made, _ = method(pretrain=0.0, discriminator=partial(DomainDiscriminator, hidden=8, layers=1))
+    made.training_step(batch(), 0)
+    layer = next(m for m in made.discriminator.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    assert int(layer.num_batches_tracked) == 1  # the mapping's pass normalises by the batch, and is forgotten
 
 
 def test_reversal_instead() -> None:

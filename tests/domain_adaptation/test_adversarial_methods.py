@@ -119,15 +119,46 @@ def test_adversary_descends_features_ascend_by_the_strength_and_the_head_feels_n
         assert torch.allclose(p.grad, g, atol=1e-6)
 
 
+@pytest.mark.parametrize("cls", [DANN, CDAN, BSP])
+def test_discriminator_normalises_both_domains_together(cls) -> None:
+    """Each by itself, its own statistics would hide from BatchNorm what tells the domains apart."""
+    made = method(cls, discriminator=partial(DomainDiscriminator, hidden=8, layers=1), forward_pass="split", **EASY)
+    made.training_step(batch(), 0)
+    layer = next(m for m in made.discriminator.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    assert int(layer.num_batches_tracked) == 1
+
+
+def test_margin_disparity_asks_the_second_head_about_the_firsts_predictions_in_both_domains() -> None:
+    made = method(MDD, margin=2.5, domain_weight=3.0, **EASY)
+    with torch.no_grad():
+        for p in [*made.network.head.parameters(), *made.adversary.parameters()]:
+            p.mul_(5)
+    f_s, f_t = made.both(*(batch()[role]["image"] for role in ("source", "target")))
+    said_s, said_t = made.network.logits(f_s).argmax(1), made.network.logits(f_t).argmax(1)
+    agrees = made.adversary(f_s).softmax(1).gather(1, said_s[:, None])
+    disagrees = 1 - made.adversary(f_t).softmax(1).gather(1, said_t[:, None])
+    (ours,) = made.alignment(f_s, f_t, made.network.logits(f_s)).values()
+    assert torch.allclose(ours, 3 * (-2.5 * agrees.log().mean() - disagrees.log().mean()), rtol=1e-4)
+
+
+def test_penalty_is_of_so_many_directions_in_either_domain() -> None:
+    made = method(BSP, spectral_weight=0.5, directions=2, **EASY)
+    f_s, f_t = made.both(*(batch()[role]["image"] for role in ("source", "target")))
+    values = torch.linalg.svdvals(f_s)[:2].square().sum() + torch.linalg.svdvals(f_t)[:2].square().sum()
+    assert torch.allclose(made.alignment(f_s, f_t, made.network.logits(f_s))["spectral"], 0.5 * values)
+
+
 def test_entropy_weighting_weighs_each_sample() -> None:
     made = method(CDAN, entropy_weighting=True, **EASY)
-    f_s, f_t = made.both(*(batch()[role]["image"] for role in ("source", "target")))
+    size = made.network.num_features
+    f_s, f_t = (20 * torch.rand(n, 1) * torch.randn(n, size) for n in (6, 4))  # some predictions are sure, some are not
     z_s, z_t = made.network.logits(f_s), made.network.logits(f_t)
     (ours,) = made.alignment(f_s, f_t, z_s).values()
     d_s, d_t = made.tell_apart(made.map(f_s, z_s.softmax(1)), made.map(f_t, z_t.softmax(1)))
     w_s, w_t = entropy_weights(z_s, z_t)
     by_hand = 0.5 * (w_s * F.softplus(-d_s)).mean() + 0.5 * (w_t * F.softplus(d_t)).mean()
     assert torch.allclose(ours, by_hand)
+    assert not torch.allclose(ours, 0.5 * F.softplus(-d_s).mean() + 0.5 * F.softplus(d_t).mean(), rtol=0.002)
 
 
 def test_large_maps_are_random_kept_and_unbiased() -> None:

@@ -160,6 +160,25 @@ def test_features_of_afn_grow() -> None:
         assert made.network.features(b["target"]["image"]).norm(dim=1).mean().item() > length
 
 
+@pytest.mark.parametrize(
+    ("cls", "arguments", "term", "wanted"),
+    [
+        (DAN, {"variance": 3.0}, "discrepancy", lambda fs, ft, zt: mmd(fs, ft, variance=3.0, estimator="linear")),
+        (DAN, {"multipliers": (3.0, 9.0), "estimator": "pairs"}, "discrepancy",
+         lambda fs, ft, zt: mmd(fs, ft, (3.0, 9.0), estimator="pairs")),
+        (AFN, {"step": 3.0}, "norm", lambda fs, ft, zt: torch.tensor(2 * 3.0**2)),
+        (AFN, {"form": "hard", "radius": 9.0}, "norm",
+         lambda fs, ft, zt: (fs.norm(dim=1).mean() - 9) ** 2 + (ft.norm(dim=1).mean() - 9) ** 2),
+        (MCC, {"temperature": 0.1}, "confusion", lambda fs, ft, zt: class_confusion(zt, 0.1)),
+    ],
+)  # fmt: skip
+def test_arguments_reach_the_term(cls, arguments, term, wanted) -> None:
+    made, b = method(cls, **{WEIGHTS[cls]: 2.0}, **arguments), batch()
+    _, terms = loss_and_terms(made, b)
+    fs, ft = (made.network.features(b[role]["image"]) for role in ("source", "target"))
+    assert torch.allclose(terms[term], 2.0 * wanted(fs, ft, made.network.logits(ft)), rtol=1e-4)
+
+
 def test_entropy_of_afn_is_the_targets() -> None:
     b = batch()
     made = method(AFN, entropy_weight=0.1)

@@ -122,6 +122,31 @@ def test_second_head_takes_no_random_numbers_from_what_follows() -> None:
     assert torch.equal(ours, torch.rand(3))
 
 
+def test_features_of_the_last_steps_are_normalised_as_those_of_the_first() -> None:
+    normed = partial(Network, backbone="lenet", in_channels=1, arguments={"norm": True})
+    x_s, x_t = batch()["source"]["image"], batch()["target"]["image"]
+    for how in ("joint", "split"):
+        torch.manual_seed(0)
+        made = MCD(network=normed, num_classes=3, forward_pass=how)
+        made.configure_model()
+        features = made.target_features(x_s, x_t)
+        assert torch.allclose(features, made.both(x_s, x_t)[1], atol=1e-6)
+        assert torch.allclose(features, made.network.features(x_t), atol=1e-3) == (how == "split")
+
+
+def test_both_heads_have_dropout_of_their_own() -> None:
+    torch.manual_seed(0)
+    made = MCD(network=partial(NETWORK, dropout=0.5), num_classes=3)
+    made.configure_model()
+    made.second_head = made.network.head
+    features = made.network.features(batch()["target"]["image"])
+    first, second = made.logits(features)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert not torch.allclose(second, made.network.head(features), atol=1e-3)
+    made.eval()
+    assert torch.equal(*made.logits(features))
+
+
 def test_refusals() -> None:
     for arguments in ({"generator_steps": 0}, {"discrepancy_weight": -1.0}, {"balance_weight": -1.0}):
         with pytest.raises(UserError, match=f"MCD: {next(iter(arguments))}="):

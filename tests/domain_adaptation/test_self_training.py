@@ -74,19 +74,25 @@ def test_joint_and_split_are_the_same_without_batch_norm(cls) -> None:
 
 def test_self_ensembling_is_its_equation() -> None:
     b = batch()
-    made = method(SelfEnsembling, threshold=0.34, balance_weight=0.5, consistency_weight=2.0)
+    made = method(SelfEnsembling, momentum=0.9, balance_weight=0.5, consistency_weight=2.0)
+    assert made.teacher.momentum == 0.9
     with torch.no_grad():
-        for p in made.teacher.parameters():
-            p += 0.05
+        for network, scale in ((made.network, 8), (made.teacher.module, 12)):
+            next(network.head.parameters()).mul_(scale)  # no two predictions alike
     p_student = made.network(b["target"]["weak_2"]).softmax(1)
     p_teacher = made.teacher(b["target"]["weak"]).softmax(1)
-    mask = (p_teacher.amax(1) > 0.34).float()
-    wanted = F.cross_entropy(made.network(b["source"]["image"]), b["source"]["label"])
-    wanted = wanted + 2.0 * (mask * (p_student - p_teacher).square().mean(1)).mean()
-    wanted = wanted + 2.0 * 0.5 * mask.mean() * class_balance(p_student)
+    made.threshold = p_teacher.amax(1).sort().values[1].item()
+    mask = (p_teacher.amax(1) > made.threshold).float()
     loss, terms = terms_of(made, b)
-    assert torch.allclose(loss, wanted)
-    assert terms["utilization"] == mask.mean() > 0
+    assert terms["utilization"] == mask.mean() == 0.5
+    wanted = {
+        "source": F.cross_entropy(made.network(b["source"]["image"]), b["source"]["label"]),
+        "consistency": 2.0 * (mask * (p_student - p_teacher).square().mean(1)).sum() / 4,
+        "balance": 2.0 * 0.5 * 0.5 * class_balance(p_student),
+    }
+    for name, value in wanted.items():
+        assert torch.allclose(terms[name], value, rtol=1e-4), name
+    assert torch.allclose(loss, sum(wanted.values()))
     loss.backward()
     assert all(p.grad is None for p in made.teacher.parameters())
 
@@ -154,6 +160,22 @@ def test_cst_is_its_equation() -> None:
     made, b = method(CST, rho=0.0, threshold=0.34), batch()
     loss, _ = terms_of(made, b)
     assert torch.allclose(loss, cst_loss(made, made.network, b), atol=1e-6)
+
+
+def test_arguments_of_cst_reach_its_terms() -> None:
+    arguments = {"reverse_weight": 2.0, "entropy_weight": 3.0, "self_training_weight": 4.0}
+    b = batch()
+    made = method(CST, rho=0.0, threshold=1.0, alpha=1.5, temperature=0.5, ridge=0.3, **arguments)
+    fs, ft = made.network.features(b["source"]["image"]), made.network.features(b["target"]["weak"])
+    zt = made.network.logits(ft)
+    _, terms = terms_of(made, b)
+    wanted = {
+        "reverse": 2 * reverse_loss(fs, b["source"]["label"], ft, zt.argmax(1), 3, 0.3),
+        "entropy": 3 * tsallis_confusion(zt, 1.5, 0.5),
+        "self_training": torch.tensor(0.0),
+    }
+    for name, value in wanted.items():
+        assert torch.allclose(terms[name], value, rtol=1e-4), name
 
 
 def test_cst_takes_the_gradient_at_the_worst_weights_nearby() -> None:

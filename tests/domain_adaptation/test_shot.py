@@ -89,6 +89,19 @@ def test_is_its_equation() -> None:
     assert torch.allclose(loss, wanted, atol=1e-5)
 
 
+def test_arguments_reach_the_terms() -> None:
+    b = batch()
+    made = built(information_weight=2.0, pseudo_label_weight=0.0, epsilon=0.1, diversity=False)
+    wanted = 2 * information_maximization(made.network(b["target"]["image"]), 0.1, 0.0)
+    assert torch.allclose(made.training_step(b, 0), wanted, rtol=1e-4)
+    outputs = {"features": torch.eye(3).repeat(2, 1)[:5], "probabilities": torch.eye(3).repeat(2, 1)[:5] * 0.9 + 0.03}
+    assert built().pseudo_labels(outputs).argmax(1).tolist() == [0, 1, 2, 0, 1]
+    assert built(min_count=1).pseudo_labels(outputs)[:, 2].sum() == 0  # a single sample is no class
+    far = {**outputs, "features": outputs["features"] * torch.tensor([1.0, 1, 1, 9, 9])[:, None]}
+    labels = [built(distance=name).pseudo_labels(far).argmax(1).tolist() for name in ("cosine", "euclidean")]
+    assert labels[0] == [0, 1, 2, 0, 1] != labels[1]
+
+
 def test_head_is_frozen_and_everything_else_learns() -> None:
     made = built()
     made.training_step(batch(), 0).backward()

@@ -17,6 +17,15 @@ def test_equals_scikit_learn() -> None:
     np.testing.assert_allclose(kernel_ridge(known, values, asked, 0.1), theirs, atol=1e-10)
 
 
+def test_is_the_mean_square_of_centred_answers_on_the_source() -> None:
+    x, y, labels, guesses = features(4), features(5, seed=1), torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 2, 1, 1])
+    x_, y_ = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+    one = torch.eye(3, dtype=torch.float64)
+    answers = x_ @ y_.T @ torch.linalg.inv(y_ @ y_.T + 0.1 * torch.eye(5)) @ (one[guesses] - 1 / 3)
+    wanted = ((answers - (one[labels] - 1 / 3)) ** 2).sum() / (4 * 3)
+    assert torch.allclose(reverse_loss(x, labels, y, guesses, 3, 0.1), wanted)
+
+
 def test_right_pseudo_labels_of_alike_features_cost_least() -> None:
     clean = torch.eye(3, 5, dtype=torch.float64).repeat(2, 1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
