@@ -55,7 +55,8 @@ class DomainData(PseudoLabels):
     labels a real user would not have. Test: ``test``, the target's test set.
 
     A method with ``source_views = ()`` learns without the source: nothing of it is then checked, fetched or loaded,
-    there is no role ``source`` and no ``val``. What is said of the source, its size and normalisation, still counts.
+    there is no role ``source`` and no ``val``. What is said of the source, its size, normalisation and classes, still
+    counts; the classes of folders that are not there have to be given, ``classes: [...]``.
 
     Args:
         source: the labelled domain, or a list of them.

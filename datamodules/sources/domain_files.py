@@ -93,6 +93,7 @@ class DomainFiles(Files):
 
     @functools.cached_property
     def _numbered(self) -> dict[str, list[tuple[str, int]]]:
+        _ = self._ordered  # refuses folders that are none of the classes given
         numbers = {name: number for number, name in enumerate(self.classes)} | {"": -1}
         parts = {part: [(path, numbers[name]) for path, name in rows] for part, rows in self._found.items()}
         everything = list(dict.fromkeys(row for rows in parts.values() for row in rows))
@@ -158,6 +159,11 @@ class DomainFolders(DomainFiles):
     def order(self, names: Iterable[str]) -> tuple[str, ...]:
         """The order given, or that of the names."""
         return _in_order(self.name, names, self._given)
+
+    @property
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those given, without a look at the disk; else the names of the folders."""
+        return self._given or self._ordered
 
 
 class DomainLists(DomainFiles):

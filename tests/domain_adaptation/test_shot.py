@@ -11,6 +11,8 @@ from torch import Tensor
 
 from callbacks import DomainPictures, PseudoLabeler
 from datamodules import Blobs, DomainData
+from datamodules.sources.base import MissingData
+from datamodules.sources.domain_files import DomainFolders
 from zoo import SHOT, SourceOnly
 from zoo.cli import main
 from zoo.core.errors import UserError
@@ -135,6 +137,29 @@ def test_never_reads_the_source(tmp_path) -> None:
     t.predict(made, datamodule=data())
     with pytest.raises(AssertionError, match="the source was read"):
         trainer(tmp_path).fit(method(SourceOnly), datamodule=data())
+
+
+def test_a_source_of_folders_need_not_be_there(tmp_path) -> None:
+    """Its classes must be known; where they are given, nobody looks for them on the disk."""
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "photo" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / "photo" / name / f"{number}.png")
+
+    def folders(classes: tuple[str, ...] | None) -> DomainData:
+        source, own = (DomainFolders(str(tmp_path), name, size=8, classes=classes) for name in ("sketch", "photo"))
+        return DomainData(source, own, batch_size=4, steps=1, val_size=0)
+
+    network = partial(Network, backbone="tiny_cnn")
+    trainer(tmp_path, PseudoLabeler(filename=None), max_epochs=1).fit(
+        SHOT(network=network, num_classes=2), datamodule=folders(("cat", "dog"))
+    )
+    with pytest.raises(MissingData, match="no folder of the domain 'sketch'"):
+        trainer(tmp_path).fit(SHOT(network=network, num_classes=2), datamodule=folders(None))
+    with pytest.raises(UserError, match="'dog' is none of the classes given"):
+        folders(("cat", "cow")).setup("fit")
 
 
 def test_the_same_data_serves_source_and_adaptation_and_holds_the_same_target_out(tmp_path) -> None:
