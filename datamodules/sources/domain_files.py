@@ -111,7 +111,7 @@ class DomainFiles(Files):
         lines = "".join(f"\n  {layout}" for layout in self.expected())
         found = "does not exist" if not root.is_dir() else f"holds {listing(root)}"
         return MissingData(
-            f"{self.name}: root={self.root!r} {what}. Expected{' one of' if len(self.expected()) > 1 else ''}:{lines}\n"
+            f"{self.name}: root={self.root!r} {what}{'' if what[-1] in '.?' else '.'} Expected{' one of' if len(self.expected()) > 1 else ''}:{lines}\n"
             f"Found: {root.resolve()} {found}"
         )
 
