@@ -4,6 +4,7 @@ from datamodules.sources.arrays import ArraySource
 from datamodules.sources.base import FileSamples, MissingData, Samples, Source, TensorSamples, TokenSamples
 from datamodules.sources.blobs import Blobs
 from datamodules.sources.colored import Colored
+from datamodules.sources.digit_scenes import DigitScenes
 from datamodules.sources.digits import MNIST5k, Optdigits
 from datamodules.sources.domain_files import DomainFolders, DomainLists
 from datamodules.sources.domain_sets import (
@@ -27,6 +28,7 @@ from datamodules.sources.sentiment import Sentiment
 from datamodules.sources.sub_pseudo_labels import SubPseudoLabels
 from datamodules.sources.text import TextSource, TextTable
 from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, USPS, FashionMNIST
+from datamodules.sources.voc import VOC
 from datamodules.sources.wilds import WILDS
 
 __all__ = [
@@ -39,11 +41,13 @@ __all__ = [
     "SVHN",
     "USPS",
     "VLCS",
+    "VOC",
     "WILDS",
     "ArraySource",
     "BlendedDigits",
     "Blobs",
     "Colored",
+    "DigitScenes",
     "DomainFolders",
     "DomainLists",
     "DomainNet",

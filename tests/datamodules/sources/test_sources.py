@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datamodules
 from datamodules import (
     CIFAR10,
     CIFAR100,
@@ -24,6 +25,7 @@ from datamodules import (
     Optdigits,
     SemiSupervisedData,
     find_source,
+    sources,
 )
 from datamodules.sources import FileSamples, TensorSamples, base
 from datamodules.sources.base import read_image, unreadable_images
@@ -42,6 +44,20 @@ def test_importing_reads_no_data_library(root):
             else:
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not heavy & {name.split(".")[0] for name in names}, file
+
+
+def test_every_source_is_named_where_users_look():
+    assert set(sources.__all__) <= set(datamodules.__all__)
+    for package in (datamodules, sources):
+        assert all(hasattr(package, name) for name in package.__all__)
+    bases = {"Files", "DomainFiles", "Benchmark", "WrappedSource"}
+    ours = {kind.__name__ for kind in below(base.Source) if kind.__module__.startswith("datamodules.")}
+    assert {name for name in ours if not name.startswith("_")} - bases <= set(sources.__all__)
+
+
+def below(kind):
+    """A class and all that are derived from it."""
+    return {kind}.union(*(below(child) for child in kind.__subclasses__()))
 
 
 def test_mnist5k_has_a_fixed_stratified_test_set():
