@@ -22,7 +22,8 @@ from datamodules.tokenizer import build
 from datamodules.transforms import Channels, View
 from zoo.core.errors import UserError, suggest
 
-SETTINGS = ("closed", "partial", "open")
+SETTINGS = ("closed", "partial", "open", "universal")
+UNKNOWN = ("open", "universal")  # those in which the target has classes that the source has not
 
 
 class DomainData(PseudoLabels):
@@ -39,7 +40,9 @@ class DomainData(PseudoLabels):
     - ``partial``: the target has only some of the source's;
     - ``open``: the target has classes that the source has not. In ``oracle`` and ``test`` they are one class, the
       unknown, with the number C, the number of the source's classes; what is then measured is
-      :class:`~zoo.core.open_set.OpenSetAccuracy`.
+      :class:`~zoo.core.open_set.OpenSetAccuracy`;
+    - ``universal``: some classes are common, and both the source and the target have others. The target's are unknown,
+      as in ``open``.
 
     A method says in ``settings`` for which of them it is made (``("closed",)`` unless it says so), and meets no other.
     :class:`~datamodules.sources.KnownClasses` makes either setting of a set with the same classes everywhere.
@@ -66,13 +69,14 @@ class DomainData(PseudoLabels):
         strong: the strong view; by default RandAugment and cutout, restricted for digits.
         size: height and width of all images; the first source's if not given.
         channels: 1 or 3; the first source's if not given.
-        setting: ``closed``, ``partial`` or ``open``.
+        setting: ``closed``, ``partial``, ``open`` or ``universal``.
         align_classes: number the classes of all domains as in the first source where their order differs, instead of
             refusing to start.
         target_val_size: target samples held out for ``oracle``: a number, or a share; ``val_size`` if not given. With
             0, all are learnt from, as in published transductive figures.
-        unknown_threshold: in the setting ``open``, a network of C outputs calls a sample unknown whose largest
-            probability is below this (0.8 in TLlib's baselines); one of C + 1 outputs has its own for that.
+        unknown_threshold: in the settings ``open`` and ``universal``, a network of C outputs calls a sample unknown
+            whose largest probability is below this (0.8 in TLlib's baselines); one of C + 1 outputs has its own for
+            that.
         tests: further test domains by name, measured as ``test/NAME``.
         **kwargs: see :class:`~datamodules.base.Data`.
 
@@ -90,7 +94,7 @@ class DomainData(PseudoLabels):
         strong: View | None = None,
         size: int | None = None,
         channels: int | None = None,
-        setting: Literal["closed", "partial", "open"] = "closed",
+        setting: Literal["closed", "partial", "open", "universal"] = "closed",
         align_classes: bool = False,
         target_val_size: int | float | None = None,
         unknown_threshold: float | None = None,
@@ -115,9 +119,10 @@ class DomainData(PseudoLabels):
             raise UserError(
                 f"DomainData: target_val_size={target_val_size} must be a number of samples or a share below 1"
             )
-        if unknown_threshold is not None and (setting != "open" or not 0 <= unknown_threshold <= 1):
+        if unknown_threshold is not None and (setting not in UNKNOWN or not 0 <= unknown_threshold <= 1):
             raise UserError(
-                f"DomainData: unknown_threshold={unknown_threshold} must be in 0..1, and goes with setting: open"
+                f"DomainData: unknown_threshold={unknown_threshold} must be in 0..1, and goes with setting: open or "
+                "universal"
             )
         if wrong := [name for name in tests or {} if not name or "/" in name]:
             raise UserError(f"DomainData: tests names a domain {wrong[0]!r}; a name is not empty and has no slash")
@@ -211,10 +216,17 @@ class DomainData(PseudoLabels):
                     f"{other.modality}s; all domains need the same kind of samples"
                 )
             self._numbers_of(other)
-        if self.setting == "open" and self.target.classes and set(self.target.classes) <= set(self.classes):
+        mine, theirs = set(self.classes), set(self.target.classes)
+        if self.setting in UNKNOWN and theirs and theirs <= mine:
             raise UserError(
-                f"DomainData: in the setting 'open' the target has further classes, but all of {self.target.name} are "
-                f"classes of {self.source.name}"
+                f"DomainData: in the setting {self.setting!r} the target has further classes, but all of "
+                f"{self.target.name} are classes of {self.source.name}"
+            )
+        if self.setting == "universal" and theirs and (mine <= theirs or not mine & theirs):
+            few = "all" if mine <= theirs else "none"
+            raise UserError(
+                f"DomainData: in the setting 'universal' some classes of the source are the target's, but {few} of "
+                f"{self.source.name} are classes of {self.target.name}"
             )
         if self.num_classes == 1 or len(self.target.classes) == 1:
             one = self.source if self.num_classes == 1 else self.target

@@ -120,7 +120,8 @@ class DomainFolders(DomainFiles):
     """A folder per domain, and in it a folder per class: ``ROOT/DOMAIN/CLASS/*.jpg``.
 
     A domain's folder may also hold one folder ``images`` with those of the classes, or ``train`` and ``test`` (``val``,
-    ``validation``), which ``protocol: holdout`` follows. One that holds images and no folders is a domain without
+    ``validation``, ``crossval``), which ``protocol: holdout`` follows; what is for validation beside a ``test`` belongs
+    to the training set. One that holds images and no folders is a domain without
     labels, which can be the target: ``zoo predict`` then gives its classes.
 
     Args:
@@ -285,10 +286,10 @@ def folder_parts(folder: Path) -> dict[str, NamedRows]:
     if [child.name for child in inside] == ["images"]:
         folder, inside = inside[0], _folders(inside[0])
     train = folder / "train"
-    held = next((folder / name for name in ("test", "val", "validation") if (folder / name).is_dir()), None)
+    held = [folder / name for name in ("test", "val", "validation", "crossval") if (folder / name).is_dir()]
     if train.is_dir() and train not in inside:
-        parts = {"train": _by_class(train)}
-        return parts if held is None else parts | {"test": _by_class(held)}
+        parts = {"train": [row for part in (train, *held[1:]) for row in _by_class(part)]}
+        return parts | {"test": _by_class(held[0])} if held else parts
     rows = _by_class(folder)
     return {"all": rows or [(str(path), "") for path in list_images(folder)]}
 

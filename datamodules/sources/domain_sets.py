@@ -67,6 +67,7 @@ class Benchmark(DomainFiles):
     folders: ClassVar[tuple[str, ...]] = ("{domain}",)
     names: ClassVar[tuple[str, ...]] = ()  # the classes; those that are found where there are none
     first_label: ClassVar[int] = 0  # in lists whose paths name no class
+    numbered_folders: ClassVar[bool] = False  # whether folders may also be called 0, 1, .. instead of the names
 
     def __init__(
         self, root: str, domain: str, size: int = 224, protocol: Protocol | None = None, **kwargs: Any
@@ -109,6 +110,7 @@ class Benchmark(DomainFiles):
         for pattern in self.folders:
             if (folder := self._existing(base, pattern)) is not None:
                 known = {plain(name): name for name in self.names}
+                known |= {str(number): name for number, name in enumerate(self.names) if self.numbered_folders}
                 parts = folder_parts(folder)
                 for path, name in (row for rows in parts.values() for row in rows if known):
                     if plain(name) not in known:
@@ -423,7 +425,8 @@ class PACS(Benchmark):
 class VLCS(Benchmark):
     """VLCS: 10,729 photographs of 5 classes from Caltech-101, LabelMe, SUN09 and PASCAL VOC 2007.
 
-    Read as DomainBed's ``ROOT/VOC2007/bird/*``.
+    Read as DomainBed's ``ROOT/VOC2007/bird/*``, or as ``ROOT/PASCAL/train/0/*`` with ``crossval`` and ``test`` beside
+    ``train``, which ``protocol: holdout`` follows (DASSL and others; 0 to 4 are the classes in alphabetical order).
 
     Args:
         root: the folder of the set, or the one that holds ``VLCS``.
@@ -442,6 +445,7 @@ class VLCS(Benchmark):
         "VOC2007": ("V", "PASCAL", "VOC"),
     }
     within = ("VLCS", "vlcs")
+    numbered_folders = True
     names = ("bird", "car", "chair", "dog", "person")
 
 

@@ -92,6 +92,20 @@ def test_open():
         ready(named("ant", "bee"), named("ant", "bee"), setting="open")
 
 
+def test_universal():
+    target = named("dog", "cow", "emu", "ant")
+    data = ready(named("ant", "bee", "cow"), target, setting="universal", target_val_size=8)
+    assert data.num_classes == 3
+    assert labels_by_name(data.roles["source"].samples) == {"a": 0, "b": 1, "c": 2}
+    assert labels_by_name(data._test(target)) == {"a": 0, "c": 2, "d": 3, "e": 3}
+    with pytest.raises(UserError, match=r"in the setting 'universal' the target has further classes, but all of"):
+        ready(named("ant", "bee"), named("ant"), setting="universal")
+    with pytest.raises(UserError, match=r"but all of .* are classes of"):
+        ready(named("ant"), named("ant", "bee"), setting="universal")
+    with pytest.raises(UserError, match=r"but none of .* are classes of"):
+        ready(named("ant", "bee"), named("cow", "dog"), setting="universal")
+
+
 def test_known_classes_make_both_settings_of_one_set():
     data = ready(Blobs(num_classes=4), KnownClasses(Blobs(num_classes=4, seed=1), known=[3, 1]), setting="partial")
     assert data._train(data.target).labels.unique().tolist() == [1, 3]
@@ -136,9 +150,10 @@ def test_methods_for_equal_classes_are_refused_elsewhere(tmp_path):
         trainer(tmp_path).fit(small(zoo.DANN), data)
 
 
-def test_open_sets_are_measured_as_such(tmp_path):
+@pytest.mark.parametrize(("setting", "target"), [("open", ("ant", "bee", "cow")), ("universal", ("ant", "cow"))])
+def test_open_sets_are_measured_as_such(tmp_path, setting, target):
     data = DomainData(
-        large("ant", "bee"), large("ant", "bee", "cow"), batch_size=2, steps=1, setting="open", unknown_threshold=1.0
+        large("ant", "bee"), large(*target), batch_size=2, steps=1, setting=setting, unknown_threshold=1.0
     )
     run, method = trainer(tmp_path), small(zoo.SourceOnly)
     run.fit(method, data)

@@ -25,7 +25,7 @@ class Evaluated(LightningModule):
     def build_metrics(self) -> MetricCollection:
         """What an evaluation measures, fed with (logits, labels). Override to measure something else."""
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        if getattr(data, "setting", None) == "open":  # some classes of the target are nobody's
+        if getattr(data, "setting", None) in ("open", "universal"):  # some classes of the target are nobody's
             return MetricCollection(OpenSetAccuracy(self.num_classes, getattr(data, "unknown_threshold", None)))
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro")

@@ -17,7 +17,8 @@ class DomainAdaptation(Method):
     ``source_views`` and ``target_views`` name the views that a subclass reads: the data makes these and no others.
     ``image`` is the weak view; ``weak`` and ``strong``, with a number where several are wanted, such as ``strong_2``.
     ``settings`` names the relations of the domains' classes for which a subclass is made: ``closed`` (the same),
-    ``partial`` (the target has some of the source's) and ``open`` (it has others); the data refuses any other.
+    ``partial`` (the target has some of the source's), ``open`` (it has others) and ``universal`` (both have others);
+    the data refuses any other.
 
     Args:
         forward_pass: ``"joint"`` sends both domains through the network in one batch, so that BatchNorm normalises them

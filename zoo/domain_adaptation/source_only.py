@@ -26,7 +26,7 @@ class SourceOnly(Method):
         UserError: for a share outside [0, 1).
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("closed", "partial", "open")
+    settings: ClassVar[tuple[str, ...]] = ("closed", "partial", "open", "universal")
     card = Card(title="Source-only baseline", year=1986, paper="", family="domain_adaptation", roles=("source",))
 
     def __init__(self, label_smoothing: float = 0.0, **kwargs: Any) -> None:

@@ -372,6 +372,29 @@ def test_vlcs_and_terra_incognita(tmp_path):
     read(TerraIncognita(str(tmp_path), "L38", size=8), 40, 40)
 
 
+def test_vlcs_with_numbers_for_folders(tmp_path):
+    for part in ("train", "crossval", "test", "full"):
+        for number in range(5):
+            pictures(tmp_path / "VLCS" / "PASCAL" / part / str(number))
+    whole, held = VLCS(str(tmp_path), "V", size=8), VLCS(str(tmp_path), "VOC2007", size=8, protocol="holdout")
+    assert whole.classes == ("bird", "car", "chair", "dog", "person")
+    assert len(whole.train()) == len(whole.test()) == 60  # the copies in `full` are not counted twice
+    assert (len(held.train()), len(held.test())) == (40, 20)
+    for path, label in zip(whole.train().paths, whole.train().labels.tolist(), strict=True):
+        assert f"/{label}/" in path
+    pictures(tmp_path / "VLCS" / "PASCAL" / "train" / "5")
+    with pytest.raises(UserError, match="the folder '5', which is none of the 5 classes"):
+        VLCS(str(tmp_path), "V").prepare()
+
+
+def test_what_is_for_validation_beside_a_test_is_trained_on(tmp_path):
+    for part in ("train", "val", "test"):
+        pictures(tmp_path / "web" / part / "ant")
+        pictures(tmp_path / "web" / part / "bee")
+    read(DomainFolders(str(tmp_path), "web", size=8, protocol="holdout"), 16, 8)
+    read(DomainFolders(str(tmp_path), "web", size=8), 24, 24)
+
+
 def test_named_sets_say_what_they_look_for(tmp_path):
     pictures(tmp_path / "other" / "dog")
     with pytest.raises(MissingData) as error:
