@@ -93,7 +93,6 @@ class DomainFiles(Files):
 
     @functools.cached_property
     def _numbered(self) -> dict[str, list[tuple[str, int]]]:
-        _ = self._ordered  # refuses folders that are none of the classes given
         numbers = {name: number for number, name in enumerate(self.classes)} | {"": -1}
         parts = {part: [(path, numbers[name]) for path, name in rows] for part, rows in self._found.items()}
         everything = list(dict.fromkeys(row for rows in parts.values() for row in rows))
@@ -111,7 +110,8 @@ class DomainFiles(Files):
         lines = "".join(f"\n  {layout}" for layout in self.expected())
         found = "does not exist" if not root.is_dir() else f"holds {listing(root)}"
         return MissingData(
-            f"{self.name}: root={self.root!r} {what}{'' if what[-1] in '.?' else '.'} Expected{' one of' if len(self.expected()) > 1 else ''}:{lines}\n"
+            f"{self.name}: root={self.root!r} {what}{'' if what[-1] in '.?' else '.'} "
+            f"Expected{' one of' if len(self.expected()) > 1 else ''}:{lines}\n"
             f"Found: {root.resolve()} {found}"
         )
 
@@ -163,8 +163,9 @@ class DomainFolders(DomainFiles):
 
     @property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those given, without a look at the disk; else the names of the folders."""
-        return self._given or self._ordered
+        """Those given, also where there is no such folder; else the names of the folders in it."""
+        there = (Path(self.root) / self.domain).is_dir()
+        return self._ordered if there or self._given is None else self._given
 
 
 class DomainLists(DomainFiles):
