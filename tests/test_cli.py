@@ -569,6 +569,24 @@ def test_a_whole_run_adapts_at_its_end_and_its_checkpoint_again(source_trained):
     assert "unadapted/accuracy" in json.loads(Path("runs/adapting/metrics.json").read_text())["metrics"]
 
 
+def test_how_a_checkpoint_adapts_is_what_is_typed(source_trained, monkeypatch, capsys):
+    Path("adapting.yaml").write_text(ADAPTING.format("Tent", ""))
+    assert cli.main(["fit", "-c", "adapting.yaml"]) == 0
+    made, configure = [], cli.ZooCLI.instantiate_classes
+    monkeypatch.setattr(cli.ZooCLI, "instantiate_classes", lambda self: made.append(self) or configure(self))
+    capsys.readouterr()
+    argv = ["test", "--ckpt_path", "runs/adapting/checkpoints/last.ckpt"]
+    typed = ["--model.adaptation_optimizer.init_args.lr=0.25", "--model.mode=episodic", "--model.optimizer.lr=0.5"]
+    assert cli.main([*argv, *typed]) == 0
+    ours = made[0].model
+    (group,) = ours.adaptation_optimizer_recipe([torch.zeros(1, requires_grad=True)]).param_groups
+    assert (group["lr"], ours.mode, ours.optimizer_recipe.keywords["lr"]) == (0.25, "episodic", 0.03)
+    said = capsys.readouterr().err
+    assert "model.optimizer.lr: typed 0.5, checkpoint says 0.03" in said
+    assert "adaptation_optimizer" not in said
+    assert "mode" not in said.replace("model", "")
+
+
 def test_weights_without_a_head_are_not_tested(source_trained, capsys):
     Path("adapting.yaml").write_text(ADAPTING.format("Tent", ""))
     capsys.readouterr()

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,11 @@ class ZooCLI(LightningCLI):
         class_path = recorded.pop("_class_path", None)
         if class_path is None:
             return  # built in Python from something that has no import path: the config describes it
-        before = flatten(self._typed_values(subcommand))
+        typed = self._typed_values(subcommand)
+        before = flatten(typed)
         config.pop("model", None)
+        if subcommand != "fit":
+            recorded |= typed_for_tests(class_path, recorded, typed)
         model = {"class_path": class_path, "init_args": recorded}
         self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
         after = flatten(self.config[subcommand].model)
@@ -262,6 +265,34 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"--ckpt_path: {path} is not a checkpoint of a run (it has no state_dict)")
     return dict(content.get("hyper_parameters") or {})
+
+
+def typed_for_tests(class_path: str, recorded: Mapping[str, Any], typed: Namespace) -> dict[str, Any]:
+    """What was typed of the arguments that a method reads in tests alone: it counts, whatever a checkpoint recorded.
+
+    Args:
+        class_path: of the method that was recorded.
+        recorded: its arguments.
+        typed: what the command line and its configs say about the model.
+    """
+    given = typed.as_dict()
+    module, _, name = class_path.rpartition(".")
+    if str(given.get("class_path")).rpartition(".")[2] != name:
+        return {}
+    try:
+        method = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return {}  # what follows says so
+    arguments = given.get("init_args") or {}
+    chosen = {}
+    for argument in getattr(method, "test_arguments", ()):
+        if argument not in arguments:
+            continue
+        old, new = recorded.get(argument), arguments[argument]
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("class_path") == new.get("class_path"):
+            new = {**old, "init_args": {**(old.get("init_args") or {}), **(new.get("init_args") or {})}}
+        chosen[argument] = new
+    return chosen
 
 
 def _has_weights(config: Namespace) -> bool:

@@ -59,6 +59,7 @@ class AdaptiveBatchNorm(TestTimeAdaptation):
         roles=("source",),
     )
     published_mode = "episodic"
+    test_arguments = ("mode", "prior", "whole_set")
 
     def __init__(self, prior: float = 0.0, whole_set: bool = False, **kwargs: Any) -> None:
         if whole_set and kwargs.get("mode") is None:

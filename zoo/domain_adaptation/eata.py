@@ -62,6 +62,11 @@ class EATA(GradientAdaptation):
         roles=("source",),
     )
 
+    test_arguments = (
+        *GradientAdaptation.test_arguments,
+        *("entropy_margin", "redundancy_margin", "fisher_weight", "fisher_samples", "reweight"),
+    )
+
     def __init__(
         self,
         entropy_margin: float = 0.4,

@@ -75,6 +75,7 @@ class ITTA(GradientAdaptation):
         roles=("source",),
     )
     published_prediction = "after"
+    test_arguments = (*GradientAdaptation.test_arguments, "adaptive", "adaptive_layers", "adaptation_weight")
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ class SAR(GradientAdaptation):
         roles=("source",),
     )
 
+    test_arguments = (*GradientAdaptation.test_arguments, "entropy_margin", "rho", "collapse", "skip")
+
     def __init__(
         self,
         entropy_margin: float = 0.4,

@@ -51,6 +51,8 @@ class T3A(TestTimeAdaptation):
         roles=("source",),
     )
 
+    test_arguments = ("mode", "supports")
+
     def __init__(self, supports: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if supports is not None and supports < 1:

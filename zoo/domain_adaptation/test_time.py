@@ -42,7 +42,8 @@ class TestTimeAdaptation(Method):
 
     Training is cross-entropy on the source, :math:`L = \tfrac1{B_s} \sum_i H(y_i^s, p(x_i^s))`, unless a subclass says
     otherwise. A network that is trained already, by whatever method, comes in by its checkpoint:
-    ``zoo test -c CONFIG --model.network.weights RUN/checkpoints/last.ckpt``. What was trained is never changed, and no
+    ``zoo test -c CONFIG --model.network.weights RUN/checkpoints/last.ckpt``. With ``--ckpt_path``, what is typed of
+    :attr:`test_arguments` counts, whatever the checkpoint recorded. What was trained is never changed, and no
     checkpoint holds what was adapted: a copy adapts, in evaluation mode (dropout stays off), which is thrown away at
     the end of every test set. Test sets are therefore independent of each other and of their order, and a second test
     repeats the first, random draws included. Beside the usual metrics, those of the network as it was are logged as
@@ -67,6 +68,7 @@ class TestTimeAdaptation(Method):
     source_views: ClassVar[tuple[str, ...]] = ("image",)
     target_views: ClassVar[tuple[str, ...]] = ()
     published_mode: ClassVar[Literal["online", "episodic"]] = "online"
+    test_arguments: ClassVar[tuple[str, ...]] = ("mode",)  # those of the constructor that training does not read
 
     def __init__(self, mode: Literal["online", "episodic"] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -204,6 +206,7 @@ class GradientAdaptation(TestTimeAdaptation):
     """
 
     published_prediction: ClassVar[Literal["before", "after"]] = "before"
+    test_arguments = ("mode", "adaptation_steps", "adaptation_optimizer", "prediction")
 
     def __init__(
         self,
