@@ -143,6 +143,20 @@ def test_first_part_fits_labels_with_student_and_aggregator() -> None:
     assert torch.allclose(made.training_step(b, 0), wanted, atol=1e-6)
 
 
+def test_the_aggregator_may_go_on_with_the_labels() -> None:
+    b, losses = batch(), []
+    for weight in (0.0, 0.7):
+        made = method(aggregator_weight=weight)
+        losses.append(made.training_step(b, 0))
+    x, y, d = (b["source"][key] for key in ("image", "label", "domain"))
+    own = []
+    for s, owner in enumerate(OWNERS):
+        rows = (d == s).nonzero().flatten()[:3]
+        others = [e.module.features(x[rows]) for n, e in enumerate(made.experts) if n != owner]
+        own.append(F.cross_entropy(made.aggregator_head(made.aggregator.eval()(torch.stack(others, dim=1))), y[rows]))
+    assert torch.allclose(losses[1] - losses[0], 0.7 * torch.stack(own).mean(), atol=1e-6)
+
+
 def test_networks_with_attention_are_differentiated_twice() -> None:
     arguments = {"depth": 1, "embed_dim": 48}
     vit = partial(Network, backbone="vit_tiny_cifar", in_channels=1, image_size=8, arguments=arguments)
@@ -186,6 +200,22 @@ def test_a_set_is_predicted_after_one_step_on_its_first_batch() -> None:
 
     assert torch.equal(predicted(made, other)[0], found_other)  # whatever was tested before
     assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
+
+
+def test_ranks_make_one_step_together(on_ranks) -> None:
+    x = torch.randn(9, 1, 8, 8)
+
+    def run(rank: int) -> list[torch.Tensor]:
+        made = method(inner_lr=0.5).eval()
+        made._adapts = True
+        made(x[:4] if rank == 0 else x[4:])
+        return [p.detach() for p in made.adapted.parameters()]
+
+    trained = list(method().network.parameters())
+    found = on_ranks(run)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(found[0][0], trained[0])
 
 
 def test_the_first_batch_is_predicted_with_the_step_in_16_bits_too() -> None:

@@ -94,6 +94,20 @@ def test_without_rounds_it_is_the_mean_and_with_rounds_the_worst_group() -> None
     assert torch.allclose(loss, max(groups))
 
 
+def test_groups_are_those_of_all_ranks(on_ranks) -> None:
+    images, labels, strong, weak = (t[:40] for t in cues())
+    order = (strong == labels).long().argsort()  # all that the strong cue gets wrong are on the first rank
+    source = {"image": images, "label": labels, "rounds": torch.stack([strong, weak], dim=1)}
+
+    def run(rows: slice) -> list[torch.Tensor]:
+        made = method(RichFeatureDiscovery)
+        made.training_step({"source": {k: v[order][rows] for k, v in source.items()}}, 0).backward()
+        return [p.grad for p in made.parameters()]
+
+    for ours, theirs, joint in zip(*on_ranks(lambda r: run(slice(20 * r, 20 * r + 20))), run(slice(40)), strict=True):
+        assert torch.allclose((ours + theirs) / 2, joint, atol=1e-6)
+
+
 def test_synthesis_is_the_mean_over_the_heads_and_reads_no_label() -> None:
     images, _, strong, weak = (t[:32] for t in cues())
     made = method(RichFeatureSynthesis)

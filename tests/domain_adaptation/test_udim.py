@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from zoo import UDIM, SourceOnly
 from zoo.core.errors import UserError
-from zoo.core.heads import Cosine
+from zoo.core.heads import Cosine, Linear
 from zoo.core.network import Network
 from zoo.domain_adaptation.udim import perturb_pixels, perturb_style
 from zoo.losses import gradient_size, gradient_variance_gap
@@ -22,6 +23,9 @@ def batch() -> dict:
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(6, 1, 28, 28, generator=generator)
     return {"source": {"image": image, "label": torch.randint(3, (6,), generator=generator)}}
+
+
+X = batch()["source"]["image"]
 
 
 def method(cls: type = UDIM, network=PLAIN, progress: float = 1.0, optimizer=SGD, **arguments):
@@ -172,6 +176,44 @@ def test_joint_and_split_differ_with_batch_norm_alone() -> None:
         joint, split = (method(network=network, forward_pass=way) for way in ("joint", "split"))
         losses = [made.training_step(batch(), 0) for made in (joint, split)]
         assert torch.allclose(*losses, atol=1e-6) == same
+
+
+def observed(made) -> dict:
+    seen: dict = {}
+    made.observe = lambda **values: seen.update(values)
+    made.training_step(batch(), 0)
+    return seen
+
+
+def test_gradients_are_those_of_a_head_behind_dropout_with_a_bias_or_without() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    y = batch()["source"]["label"]
+    made = method()
+    made.network.dropout = Nothing()
+    z = made.network.head.bias.expand(6, 3)
+    assert torch.allclose(observed(made)["gradient_size"], gradient_size(0 * made.network.features(X), z, y))
+    made = method(network=partial(PLAIN, head=partial(Linear, bias=False)), step_size=0.0)
+    h = made.network.features(X)
+    wanted = gradient_size(h, made.network.head(h), y, bias=False)
+    assert torch.allclose(observed(made)["gradient_size"], wanted)
+    assert not torch.allclose(gradient_size(h, made.network.head(h), y), wanted)
+
+
+@pytest.mark.parametrize("perturbation", ["pixels", "style"])
+def test_two_ranks_are_one_on_the_joint_batch(perturbation, on_ranks) -> None:
+    source = {k: v.double() if k == "image" else v for k, v in batch()["source"].items()}
+
+    def run(rows: slice) -> list[torch.Tensor]:
+        made = method(rho=0.5, step_size=0.5, perturbation=perturbation).double()
+        made.training_step({"source": {k: v[rows] for k, v in source.items()}}, 0).backward()
+        return [p.grad for p in made.parameters()]
+
+    halves = on_ranks(lambda rank: run(slice(3 * rank, 3 * rank + 3)))
+    for ours, theirs, joint in zip(*halves, run(slice(None)), strict=True):
+        assert torch.allclose((ours + theirs) / 2, joint, atol=1e-10)
 
 
 def test_networks_with_fused_attention_are_differentiated_twice() -> None:
