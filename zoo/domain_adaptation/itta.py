@@ -174,7 +174,9 @@ class ITTA(GradientAdaptation):
         whole = tuple(maps.shape[1:])
         channels = (whole[0], 1, 1) if maps.dim() == 4 else whole[-1:]
         shape = whole if self.adaptive == "element" else channels
-        layers = self.inserted.setdefault(number, Affines(shape, self.adaptive_layers).to(maps.device))
+        if number not in self.inserted:
+            self.inserted[number] = Affines(shape, self.adaptive_layers).to(maps.device)
+        layers = self.inserted[number]
         if layers.shape != shape:
             raise UserError(
                 f"ITTA: adaptive='element' needs maps of one size, but {shape} came after {layers.shape}: 'channel'"
