@@ -39,7 +39,9 @@ class EATA(GradientAdaptation):
 
     Args:
         entropy_margin: :math:`E_0 / \log C` > 0, 0.4 in the paper; infinity (with ``reweight: false``) trusts all.
-        redundancy_margin: ε > 0; 0.05 for ImageNet, 0.4 for CIFAR-10 in the paper. ``None`` calls nothing redundant.
+        redundancy_margin: ε > 0; 0.05 for ImageNet, 0.4 for CIFAR-10 in the paper: a certain prediction has a cosine of
+            :math:`1 / \sqrt C` with a uniform average, and an ε below that leaves next to nothing to learn from.
+            ``None`` calls nothing redundant.
         fisher_weight: β ≥ 0, 2000 for ImageNet and 1 for CIFAR-10 in the paper; 0 is what the paper calls ETA, and
             needs no source samples.
         fisher_samples: how many of them, 2000 in the paper; or as many as there are.

@@ -74,7 +74,7 @@ class RichFeatureSynthesis(Method):
     ``sampling: agreement`` in :class:`~datamodules.rounds.RoundsData`. The network's own head is the mean of the R
     heads h, weights and biases, and so its logits are the mean of theirs; it is what is evaluated. Any method of domain
     generalization then begins with ``network.weights: CHECKPOINT``; with ``lr_multipliers: {network.backbone: 0}`` the
-    features stay what they are, the authors' RFC (cf).
+    features stay what they are (but BatchNorm, which the authors' network lacks, goes on averaging), their RFC (cf).
 
     Batch: ``source`` {image, label (evaluation only), rounds}.
 
