@@ -19,7 +19,7 @@ from zoo.core.errors import UserError, check_choice
 from zoo.core.method import Method
 from zoo.core.network import Network
 from zoo.core.teachers import Frozen
-from zoo.optim.virtual import averaged_gradients
+from zoo.optim.virtual import averaged_gradients, in_layout_of
 
 
 @dataclass
@@ -206,7 +206,7 @@ class GradientAdaptation(TestTimeAdaptation):
     """
 
     published_prediction: ClassVar[Literal["before", "after"]] = "before"
-    test_arguments = ("mode", "adaptation_steps", "adaptation_optimizer", "prediction")
+    test_arguments: ClassVar[tuple[str, ...]] = ("mode", "adaptation_steps", "adaptation_optimizer", "prediction")
 
     def __init__(
         self,
@@ -253,6 +253,6 @@ class GradientAdaptation(TestTimeAdaptation):
         if now.optimizer is None:
             now.optimizer = self.adaptation_optimizer_recipe(list(now.named.values()))
         for name, gradient in gradients.items():
-            now.named[name].grad = gradient
+            now.named[name].grad = in_layout_of(now.named[name], gradient)
         now.optimizer.step()
         now.optimizer.zero_grad()
