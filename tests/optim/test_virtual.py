@@ -11,6 +11,7 @@ from zoo.optim import (
     averaged_gradients,
     check_virtual,
     clipped_gradients,
+    in_layout_of,
     kept_buffers,
     virtual_gradients,
     virtual_start,
@@ -203,3 +204,23 @@ def test_other_parameters_are_held_only_during_the_call() -> None:
     output = with_parameters(module, {"weight": torch.zeros(1, 2)}, lambda: module(x))
     assert not output.any()
     assert module.weight is own
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_steps_with_gradients_of_another_layout(kind, last) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 4, 3, bias=False)
+    given = torch.randn_like(module.weight)
+    if last:
+        module.to(memory_format=torch.channels_last)
+    else:
+        given = given.contiguous(memory_format=torch.channels_last)
+    made = []
+    for fused in (False, True):
+        optimizer = kind(module.parameters(), lr=0.1, fused=fused)
+        named = named_of(module)
+        made.append(virtual_step(optimizer, named, virtual_start(optimizer, named), {"weight": given}).parameters)
+    torch.testing.assert_close(made[0]["weight"], made[1]["weight"])
+    assert torch.equal(in_layout_of(module.weight, given), given)
+    assert in_layout_of(given, given) is given

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoo.core.errors import UserError
-from zoo.optim.virtual import averaged_gradients, clipped_gradients, virtual_gradients
+from zoo.optim.virtual import averaged_gradients, clipped_gradients, in_layout_of, virtual_gradients
 
 
 class PartialSteps(LightningModule):
@@ -52,7 +52,7 @@ class PartialSteps(LightningModule):
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         optimizer.zero_grad()  # of the last batch
         for name, gradient in gradients.items():
-            named[name].grad = gradient
+            named[name].grad = in_layout_of(named[name], gradient)
         optimizer.step()
         optimizer.zero_grad()
         torch.clear_autocast_cache()  # it holds the weights as they were

@@ -98,7 +98,7 @@ def virtual_step(
         chosen = [name for p in group["params"] if (name := names.get(id(p))) is not None and name in gradients]
         for name in chosen:
             copy = start.parameters[name].detach().clone()
-            copy.grad = gradients[name]
+            copy.grad = in_layout_of(copy, gradients[name])
             copies[name] = copy
             if state := start.state.get(name):  # torch initialises where there is none
                 shadow.state[copy] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
@@ -126,6 +126,16 @@ def virtual_gradients(loss: Tensor, parameters: Mapping[str, Tensor], keep_graph
     with torch.autocast(loss.device.type, enabled=False):
         found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=keep_graph, allow_unused=True)
     return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's order of memory, which torch's fused optimizers take for granted.
+
+    Backward passes see to it for what they leave in ``.grad``, but not for gradients that are asked for.
+    """
+    if gradient.layout != torch.strided or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
 
 
 def averaged_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
