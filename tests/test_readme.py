@@ -1,21 +1,28 @@
 """The blocks of every README run as they stand there, in the order in which they stand, made small by an overlay."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 
+from datamodules import PACS, Data, Office31
 from zoo.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-SMALL = """
+READMES = ["README.md", "zoo/semi_supervised/README.md", "zoo/domain_adaptation/README.md"]
+SMALL = {
+    "photos.yaml": """
 model: {class_path: FixMatch, init_args: {network: {class_path: Network, init_args: {weights: null}}}}
 data:
   class_path: SemiSupervisedData
@@ -25,7 +32,19 @@ data:
     unlabeled_ratio: 1
     num_workers: 0
     allow_repeats: true
-"""
+""",
+    "mine.yaml": """
+model: {class_path: CDAN, init_args: {network: {class_path: Network, init_args: {backbone: resnet18, weights: null}}}}
+data:
+  class_path: DomainData
+  init_args:
+    source: {class_path: DomainFolders, init_args: {size: 32}}
+    target: {class_path: DomainFolders, init_args: {size: 32}}
+    batch_size: 2
+    num_workers: 0
+""",
+}
+QUIET = "--trainer.callbacks=[{class_path: RunSummary, init_args: {picture: false}}]"
 
 
 def blocks(text: str) -> list[tuple[str, str, str, str]]:
@@ -39,35 +58,44 @@ def blocks(text: str) -> list[tuple[str, str, str, str]]:
     return found
 
 
+def photographs(folder: Path, names: Iterable[str], count: int = 2) -> None:
+    """A folder for each class, of pictures in its own colour."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 36), (8 * number, 20 * i, 60)).save(folder / name / f"{i}.jpg")
+
+
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: the repository's configs and some photographs."""
+    """A user's folder: the repository's configs, some photographs, and some of two domains."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for part, count in (("train", 12), ("test", 3)):
-        for number, name in enumerate(("cat", "dog")):
-            (folder / "photos" / part / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (40, 36), (90 * number, 20 * i, 60)).save(folder / "photos" / part / name / f"{i}.jpg")
+        photographs(folder / "photos" / part, ("cat", "dog"), count)
+    for domain in ("studio", "street"):
+        photographs(folder / "data" / "mine" / domain, ("cat", "dog"), 6)
     return folder
 
 
 def shrink(words: list[str]) -> list[str]:
-    """The same command with a few steps on the processor."""
+    """The same command with a few steps on the processor; of a pipeline the command lines alone."""
+    if words[0] == "pipeline":
+        return [*words, "--dry_run"]
     if words[0] != "fit":
         return words + (["--trainer.accelerator=cpu"] if words[0] in ("test", "predict", "validate") else [])
     small = ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1"]
     if not any("smoke.yaml" in word or "max_steps" in word for word in words):
         small += ["--trainer.max_steps=2"]
-    if "photos.yaml" in words:
-        Path("small.yaml").write_text(SMALL)
+    for name in SMALL.keys() & set(words):
+        Path("small.yaml").write_text(SMALL[name])
         small += ["-c", "small.yaml"]
-    if any("quickstart" in word for word in words):  # the baseline and the test of the real run are not repeated here
-        small += ["--trainer.callbacks=[{class_path: RunSummary, init_args: {picture: false}}]"]
+    if any("quickstart" in word or "source_only" in word for word in words):
+        small += [QUIET]  # the baseline and the test of the real run are not repeated here
     return [*words, *small]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "zoo/semi_supervised/README.md"])
+@pytest.mark.parametrize("readme", READMES)
 def test_every_block_in_order(readme, folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
@@ -80,6 +108,8 @@ def run_block(folder: Path, section: str, language: str, what: str, text: str) -
     """Write the block's file, or run its commands."""
     if what.startswith("file="):
         (folder / what[5:]).write_text(text)
+    elif what == "data":
+        check_data(text)
     elif language == "python":
         exec(compile(text, section, "exec"), {})
     elif what == "run=two":
@@ -99,6 +129,44 @@ def run_block(folder: Path, section: str, language: str, what: str, text: str) -
         rows = (folder / "runs" / "photos" / "predictions.csv").read_text().splitlines()
         assert len(rows) == 1 + 6
         assert "cat" in rows[1] or "dog" in rows[1]
+
+
+def check_data(text: str) -> None:
+    """A block that is a data module alone: the command line takes it, and it gives batches of samples as it says."""
+    for domain in ("amazon", "webcam"):
+        if not Path("data", domain).exists():
+            photographs(Path("data", domain), Office31.names)
+    for domain in PACS.domains:
+        if not Path("data", domain).exists():
+            photographs(Path("data", domain), PACS.names)
+    rows = [
+        {"text": f"this {product} is {word} {i}", "label": word, "product": product}
+        for product in ("books", "kitchen")
+        for word in ("good", "bad")
+        for i in range(8)
+    ]
+    Path("reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Data, "data")
+    given = yaml.safe_load(text)
+    given["data"]["init_args"] |= {"allow_repeats": True, "batch_size": 6}  # there are few samples
+    data = parser.instantiate(parser.parse_object(given)).data
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))[0]
+    batch = data.on_after_batch_transfer(batch, 0)
+    assert set(batch) == set(data.roles)
+    assert all(len(role["index"]) for role in batch.values())
+    assert "label" in batch["source"]
+    assert data.test_dataloader()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_block_is_executed(readme) -> None:
+    """Or begins with what a test cannot do, the setting up."""
+    text = (ROOT / readme).read_text()
+    unmarked = re.findall(r"^```(?:bash|yaml|python)\n(.*?)^```$", text, re.M | re.S)
+    assert all(block.startswith(("pip install", "uv run")) for block in unmarked)
 
 
 def test_the_readme_names_every_family() -> None:
