@@ -215,6 +215,11 @@ class DomainData(PseudoLabels):
                     f"DomainData: {self.source.name} has {self.source.modality}s, but {other.name} has "
                     f"{other.modality}s; all domains need the same kind of samples"
                 )
+            if other.modality == "text" and other.size != self.source.size:
+                raise UserError(
+                    f"DomainData: {self.source.name} has texts of max_length={self.source.size}, but {other.name} of "
+                    f"{other.size}; all domains need the same length"
+                )
             self._numbers_of(other)
         mine, theirs = set(self.classes), set(self.target.classes)
         if self.setting in UNKNOWN and theirs and theirs <= mine:

@@ -296,7 +296,7 @@ def table(tmp_path, request):
 
 
 def domain(table, name, **kwargs):
-    return TextTable(table, domain_column="product", domain=name, max_length=4, test_fraction=0.5, **kwargs)
+    return TextTable(table, domain_column="product", domain=name, test_fraction=0.5, **{"max_length": 4, **kwargs})
 
 
 def test_a_table_is_read_by_domain(table):
@@ -340,6 +340,12 @@ def test_the_vocabulary_of_generalization_knows_nothing_of_the_target(table):
 def test_vocabularies_of_other_kinds_are_refused(table):
     with pytest.raises(UserError, match=r"TextTable \(books\) and TextTable \(films\) have different vocabularies"):
         ready(domain(table, "books"), domain(table, "films", tokenizer="bpe"), batch_size=2)
+
+
+def test_texts_of_other_lengths_are_named(table):
+    """A batch of both domains, or of two sources, has rows of one length."""
+    with pytest.raises(UserError, match=r"\(books\) has texts of max_length=4, but TextTable \(films\) of 16"):
+        ready(domain(table, "books"), domain(table, "films", max_length=16), batch_size=2)
 
 
 def test_texts_without_labels_can_be_the_target(table):
