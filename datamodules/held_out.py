@@ -28,17 +28,29 @@ class HeldOutDomainData(DomainData):
         source: see :class:`~datamodules.domains.DomainData`.
         target: see :class:`~datamodules.domains.DomainData`.
         held_out: the share of the target's training samples that is kept apart, in (0, 1).
-        **kwargs: see :class:`~datamodules.domains.DomainData`; as many held-out samples a step as source samples.
+        held_out_batch_size: held-out samples a step and process, at least 1; half as many as source samples (and at
+            least 2, which BatchNorm needs) unless given, as they cost a pass and teach nothing.
+        **kwargs: see :class:`~datamodules.domains.DomainData`.
 
     Raises:
-        UserError: for a share out of its range.
+        UserError: for a share or a size out of its range.
     """
 
-    def __init__(self, source: Source | list[Source], target: Source, held_out: float = 0.1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        source: Source | list[Source],
+        target: Source,
+        held_out: float = 0.1,
+        held_out_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(source, target, **kwargs)
         if not 0.0 < held_out < 1.0:
             raise UserError(f"HeldOutDomainData: held_out={held_out} must lie in (0, 1), a share of the target")
+        if held_out_batch_size is not None and held_out_batch_size < 1:
+            raise UserError(f"HeldOutDomainData: held_out_batch_size={held_out_batch_size} must be at least 1, or null")
         self.held_out = held_out
+        self.held_out_batch_size = held_out_batch_size or max(self.batch_size // 2, 2)
 
     def setup(self, stage: str | None = None) -> None:
         """Load what the stage needs; the held-out samples have the weak view."""
@@ -59,4 +71,4 @@ class HeldOutDomainData(DomainData):
     def make_roles(self) -> dict[str, Role]:
         """Three roles: ``source``, ``target`` and ``held_out``."""
         samples = self._train(self.target).subset(self.parts["held_out"])
-        return {**super().make_roles(), "held_out": Role(samples, self.batch_size, {}, hidden=True)}
+        return {**super().make_roles(), "held_out": Role(samples, self.held_out_batch_size, {}, hidden=True)}

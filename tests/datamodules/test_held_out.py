@@ -25,8 +25,19 @@ def test_held_out_samples_are_in_no_other_part() -> None:
         made = data.on_after_batch_transfer(batch, 0)
         assert set(made) == {"source", "target", "held_out"}
         assert "label" not in made["held_out"]
+        assert [len(made[role]["image"]) for role in ("source", "target", "held_out")] == [4, 4, 2]
         assert made["held_out"]["image"].is_floating_point()
         assert set(made["held_out"]["domain"].tolist()) == {1}
+
+
+def test_number_of_held_out_samples_a_step() -> None:
+    for given, batch_size, wanted in ((None, 32, 16), (None, 2, 2), (5, 4, 5)):
+        assert (
+            HeldOutDomainData(**sources(), batch_size=batch_size, held_out_batch_size=given).held_out_batch_size
+            == wanted
+        )
+    with pytest.raises(UserError, match="held_out_batch_size=0"):
+        HeldOutDomainData(**sources(), held_out_batch_size=0)
 
 
 def test_share_is_checked() -> None:

@@ -136,6 +136,29 @@ def test_other_losses_can_be_combined(forward_pass) -> None:
         assert all(p.grad is not None for p in made.parameters())
 
 
+def test_the_layout_of_the_weights_changes_nothing() -> None:
+    made = []
+    for channels_last in (False, True):
+        ours = method(network=partial(NETWORK, channels_last=channels_last)).double()
+        twice = {role: {k: v.double() if k == "image" else v for k, v in x.items()} for role, x in batch().items()}
+        ours.training_step(twice, 0).backward()
+        made.append(ours)
+    deep = [max(m.network.backbone.parameters(), key=torch.Tensor.numel) for m in made]
+    assert [weight.is_contiguous() for weight in deep] == [True, False]
+    assert deep[1].grad.stride() == deep[1].stride()
+    for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_rows_are_views_of_weights_in_any_order() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=layout)
+        row = pareto_da.in_memory_order(p, p)
+        assert row.data_ptr() == p.data_ptr()
+        assert torch.equal(pareto_da.as_parameter(row, p), p)
+    assert pareto_da.in_memory_order(torch.ones(()), torch.ones(())).shape == (1,)
+
+
 def test_weights_have_the_inner_methods_names() -> None:
     made = method()
     names = {name.split(".")[0] for name in made.state_dict()}
