@@ -152,6 +152,52 @@ def tllib(path: str, method: str, steps: int = 5, batch_size: int = 32, size: in
     return _figures(times)
 
 
+def _source(seed: int, size: int) -> Any:
+    from datamodules import ArraySource
+
+    pixels, labels = images(seed, size), torch.arange(SAMPLES) % CLASSES
+    return ArraySource(
+        CLASSES, images=pixels, labels=labels, test_images=pixels[:10], test_labels=labels[:10], size=size, channels=3
+    )
+
+
+def _common(channels_last: bool, fused: bool, **network: Any) -> dict[str, Any]:
+    """The arguments of every method here."""
+    from zoo.core.network import Network
+    from zoo.core.schedules import InverseDecayLR
+
+    return {
+        "network": partial(Network, backbone="resnet18", channels_last=channels_last, **network),
+        "num_classes": CLASSES,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=fused),
+        "scheduler": InverseDecayLR,
+        "lr_multipliers": {"network.backbone": 0.1},
+    }
+
+
+def _timed(method: Any, data: Any, precision: str) -> dict[str, float]:
+    """A step as ``zoo fit`` makes it, with every callback of a run."""
+    from lightning.pytorch import Callback
+
+    times: list[float] = []
+
+    class Clock(Callback):
+        """The CPU time from one step's end to the next: loading, views, step, update, schedule."""
+
+        def on_train_start(self, *_: Any) -> None:
+            self.began = time.process_time()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            times.append(time.process_time() - self.began)
+            self.began = time.process_time()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(folder, precision=precision)
+        trainer.callbacks.append(Clock())  # type: ignore[attr-defined]
+        trainer.fit(method, data)
+    return _figures(times)
+
+
 def ours(
     method: str,
     steps: int = 5,
@@ -174,59 +220,43 @@ def ours(
         channels_last: memory format of the network.
         precision: the Trainer's.
         fused: torch's SGD in one pass over the weights, the same update.
-        pareto: the method within ParetoDA, whose held-out batch is as large as the others.
+        pareto: the method within ParetoDA, with the data's own number of held-out images.
     """
-    from lightning.pytorch import Callback
-
     import zoo
-    from datamodules import ArraySource, DomainData, HeldOutDomainData
+    from datamodules import DomainData, HeldOutDomainData
     from zoo.core.heads import MLP
     from zoo.core.necks import Bottleneck
-    from zoo.core.network import Network
-    from zoo.core.schedules import InverseDecayLR
 
-    labels = torch.arange(SAMPLES) % CLASSES
-    source, target = (
-        ArraySource(
-            CLASSES,
-            images=pixels,
-            labels=labels,
-            test_images=pixels[:10],
-            test_labels=labels[:10],
-            size=size,
-            channels=3,
-        )
-        for pixels in (images(0, size), images(1, size))
-    )
-    data = (HeldOutDomainData if pareto else DomainData)(source, target, batch_size=batch_size, steps=steps, val_size=0)
-    width = 1024 if method == "MDD" else 256
-    neck = partial(Bottleneck, width=width, dropout=0.5 if method == "MDD" else 0.0)
-    network: dict[str, Any] = {"backbone": "resnet18", "neck": neck, "channels_last": channels_last}
-    if method == "MDD":
-        network |= {"head": MLP, "dropout": 0.5}
-    kind: Any = partial(getattr(zoo, method), forward_pass=forward_pass)
+    kind = HeldOutDomainData if pareto else DomainData
+    data = kind(_source(0, size), _source(1, size), batch_size=batch_size, steps=steps, val_size=0)
+    neck = partial(Bottleneck, width=1024 if method == "MDD" else 256, dropout=0.5 if method == "MDD" else 0.0)
+    head = {"head": MLP, "dropout": 0.5} if method == "MDD" else {}
+    inner: Any = partial(getattr(zoo, method), forward_pass=forward_pass)
     torch.manual_seed(0)
-    made = (partial(zoo.ParetoDA, method=kind) if pareto else kind)(
-        network=partial(Network, **network),
-        num_classes=CLASSES,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True, fused=fused),
-        scheduler=InverseDecayLR,
-        lr_multipliers={"network.backbone": 0.1},
+    made = (partial(zoo.ParetoDA, method=inner) if pareto else inner)(
+        **_common(channels_last, fused, neck=neck, **head)
     )
-    times: list[float] = []
+    return _timed(made, data, precision)
 
-    class Clock(Callback):
-        """The CPU time from one step's end to the next: loading, views, step, update, schedule."""
 
-        def on_train_start(self, *_: Any) -> None:
-            self.began = time.process_time()
+def generalizing(
+    method: str, steps: int = 5, batch_size: int = 32, size: int = 64, channels_last: bool = True, fused: bool = True
+) -> dict[str, float]:
+    """A step on two labelled domains.
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            times.append(time.process_time() - self.began)
-            self.began = time.process_time()
+    Args:
+        method: ERM or another one that generalizes.
+        steps: steps, the first of which is not counted.
+        batch_size: images of each domain in a step.
+        size: height and width.
+        channels_last: memory format of the network.
+        fused: torch's SGD in one pass over the weights, the same update.
+    """
+    import zoo
+    from datamodules import GeneralizationData
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, precision=precision)
-        trainer.callbacks.append(Clock())  # type: ignore[attr-defined]
-        trainer.fit(made, data)
-    return _figures(times)
+    sources = [_source(seed, size) for seed in (0, 1)]
+    data = GeneralizationData(sources, _source(2, size), batch_size=2 * batch_size, steps=steps, val_size=0)
+    torch.manual_seed(0)
+    made = getattr(zoo, method)(num_domains=2, **_common(channels_last, fused))
+    return _timed(made, data, "32-true")
