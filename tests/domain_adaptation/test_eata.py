@@ -71,6 +71,18 @@ def test_what_resembles_the_average_is_redundant() -> None:
     assert torch.equal(made.average, after)
 
 
+def test_the_average_is_in_32_bits() -> None:
+    logits, averages = torch.randn(40, 3), []
+    for dtype in (torch.float32, torch.bfloat16):
+        made = method(entropy_margin=10.0, redundancy_margin=0.9)
+        made.reset()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for part in logits.split(10):
+                made.chosen(part)
+        averages.append(made.average)
+    assert torch.allclose(*averages, atol=1e-6)
+
+
 def test_no_step_without_a_chosen_sample() -> None:
     made = method(entropy_margin=1e-6)
     made.reset()

@@ -97,7 +97,7 @@ def test_without_rounds_it_is_the_mean_and_with_rounds_the_worst_group() -> None
 
 def test_groups_are_those_of_all_ranks(on_ranks) -> None:
     images, labels, strong, weak = (t[:40] for t in cues())
-    order = (strong == labels).long().argsort()  # all that the strong cue gets wrong are on the first rank
+    order = (weak == labels).long().argsort()  # all of the worst group are on the first rank
     source = {"image": images, "label": labels, "rounds": torch.stack([strong, weak], dim=1)}
 
     def run(rows: slice) -> list[torch.Tensor]:

@@ -96,6 +96,21 @@ def test_a_class_without_supports_is_zero_and_the_memory_has_one_size() -> None:
     assert torch.allclose(memory.sums, expected), "rows that fill up count nothing"
 
 
+@pytest.mark.parametrize("size", [None, 300])
+def test_supports_are_summed_and_compared_in_32_bits(size) -> None:
+    """Under autocast too: a sum of hundreds of unit vectors does not notice the next one in 16 bits."""
+    plain, mixed = Supports(3, size), Supports(3, size)
+    for z in torch.randn(20, 40, 5) + 1:
+        plain.add(z, z[:, :3])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed.add(z, z[:, :3])
+    assert torch.equal(mixed.sums, plain.sums)
+    made, z = method(torch.randn(3, 5), torch.randn(3), supports=size), torch.randn(40, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = made(z)
+    assert torch.equal(logits, z @ made.memory.directions().T)
+
+
 def test_ranks_share_their_supports(on_ranks) -> None:
     weight, bias, z = torch.randn(3, 5), torch.randn(3), torch.randn(7, 5)
     ours, theirs = on_ranks(lambda rank: method(weight, bias, supports=2)(z[:4] if rank == 0 else z[4:]))

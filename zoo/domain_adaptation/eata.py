@@ -150,6 +150,6 @@ class EATA(GradientAdaptation):
             chosen = chosen * (cosine_similarity(p, average.unsqueeze(0)).abs() < self.redundancy_margin)
         number = sum_across_ranks(chosen.sum())
         if number > 0:
-            mean = sum_across_ranks(chosen @ p) / number
+            mean = sum_across_ranks((chosen.unsqueeze(1) * p).sum(dim=0)) / number
             self.average = mean if average is None else torch.lerp(mean, average, 0.9)
         return chosen

@@ -78,7 +78,9 @@ class T3A(TestTimeAdaptation):
         assert self.memory is not None  # made with the copy
         features = self.adapted.features(x)
         self.memory.add(*from_all_ranks(features, self.adapted.logits(features)))
-        return features @ self.memory.directions().to(features).T
+        with torch.autocast(features.device.type, enabled=False):
+            directions = self.memory.directions()
+            return features.to(directions) @ directions.T
 
 
 class Supports:
@@ -101,14 +103,14 @@ class Supports:
         labels, entropies = logits.nan_to_num().argmax(dim=1), entropy(logits).nan_to_num(nan=torch.inf)
         if self.size is None:
             members = F.one_hot(labels, self.num_classes).to(features) * entropies.isfinite().unsqueeze(1)
-            self.sums = self.sums + members.T @ features
+            self.sums = self.sums + per_class(members, features)
             return
         if len(self.features):
             features = torch.cat([self.features, features])
             labels, entropies = torch.cat([self.labels, labels]), torch.cat([self.entropies, entropies])
         self.features, self.labels, self.entropies = self.keep(features, labels, entropies)
         members = F.one_hot(self.labels, self.num_classes).to(features) * self.entropies.isfinite().unsqueeze(1)
-        self.sums = members.T @ self.features
+        self.sums = per_class(members, self.features)
 
     def keep(self, features: Tensor, labels: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C · M rows, M of every class; where a class has fewer, empty ones of infinite entropy."""
@@ -127,6 +129,12 @@ class Supports:
     def directions(self) -> Tensor:
         """One unit vector for every class (C, D); zeros for a class without support."""
         return F.normalize(self.sums, dim=1)
+
+
+def per_class(members: Tensor, features: Tensor) -> Tensor:
+    """Sums (C, D) of the features (B, D) of every class's members (B, C), under autocast too in 32 bits."""
+    with torch.autocast(features.device.type, enabled=False):
+        return members.T @ features
 
 
 def from_all_ranks(*rows: Tensor) -> tuple[Tensor, ...]:
