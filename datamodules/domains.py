@@ -168,6 +168,11 @@ class DomainData(PseudoLabels):
         return [*self.sources, self.target]
 
     @property
+    def _strictest(self) -> Source:
+        """Whose views all have: one domain whose classes do not survive a mirror decides for all."""
+        return next((source for source in self._sources() if not source.flip), self.source)
+
+    @property
     def _everywhere(self) -> list[Source]:
         """The domains in the order of their numbers."""
         return [*self._sources(), *self.tests.values()]
@@ -187,11 +192,9 @@ class DomainData(PseudoLabels):
             self.split, self._roles = None, {}  # it has served a method of the other kind
         super().setup(stage)
         if stage in (None, "fit"):
-            # one domain whose classes do not survive a mirror decides for all
-            strictest = next((source for source in self._sources() if not source.flip), self.source)
             for name, default in (("source", ("image",)), ("target", ("weak", "strong"))):
                 if name in self._roles:
-                    views = self.views_of(name, default, self.strong, strictest)
+                    views = self.views_of(name, default, self.strong, self._strictest)
                     self._roles[name].views = views
                     self._roles[name].aliases = {"image": "weak"} if "weak" in views and "image" not in views else {}
 

@@ -56,7 +56,7 @@ class HeldOutDomainData(DomainData):
         """Load what the stage needs; the held-out samples have the weak view."""
         super().setup(stage)
         if "held_out" in self._roles:
-            self._roles["held_out"].views = {"image": self.default_weak(self.target)}
+            self._roles["held_out"].views = {"image": self.default_weak(self._strictest)}
 
     def make_split(self, labels: Tensor) -> Split:
         """The parts of :class:`DomainData`, the target's divided once more."""

@@ -40,6 +40,17 @@ def test_number_of_held_out_samples_a_step() -> None:
         HeldOutDomainData(**sources(), held_out_batch_size=0)
 
 
+def test_held_out_samples_are_mirrored_where_those_of_all_domains_are() -> None:
+    for flips in ((True, True), (False, True), (True, False)):
+        domains = sources()
+        for domain, flip in zip(domains.values(), flips, strict=True):
+            domain.flip = flip
+        data = HeldOutDomainData(**domains, batch_size=4, steps=1, val_size=0.1, held_out=0.2)
+        data.setup("fit")
+        assert {role.views["image"].flip for role in data.roles.values() if "image" in role.views} == {all(flips)}
+        assert data.roles["target"].views["weak"].flip == all(flips)
+
+
 def test_share_is_checked() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(UserError, match=f"held_out={share}"):

@@ -285,6 +285,47 @@ def test_domain_batch_brings_the_target_to_the_source():
     assert batch["target"]["domain"].unique().tolist() == [1]
 
 
+def test_domains_are_normalised_as_the_first_source_is():
+    source, target = Blobs(size=8, channels=1), Blobs(size=8, channels=1, seed=1)
+    source.mean, source.std, target.mean, target.std = (0.1,), (0.2,), (0.9,), (0.01,)
+    data = DomainData(source, target, batch_size=6)
+    data.setup()
+    for name, loader in {**data.val_dataloader(), **data.test_dataloader()}.items():
+        raw = next(iter(loader))
+        wanted = (raw["image"].float() / 255 - 0.1) / 0.2
+        made = data.on_after_batch_transfer(dict(raw), 0)["image"]
+        torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_one_domain_that_must_not_be_mirrored_decides_for_all():
+    for flips in ((True, True), (False, True), (True, False)):
+        source, target = Blobs(), Blobs(seed=1)
+        source.flip, target.flip = flips
+        data = DomainData(source, target, batch_size=6)
+        data.setup("fit")
+        seen = {view.flip for role in data.roles.values() for key, view in role.views.items() if key != "strong"}
+        assert seen == {all(flips)}
+
+
+class Share(Blobs):
+    """Every second sample, which keeps its number in the whole; some have no label."""
+
+    def train(self):
+        whole = super().train()
+        whole.labels[::8] = -1
+        return whole.subset(torch.arange(0, len(whole), 2))
+
+
+def test_sources_that_are_shares_of_a_set_and_know_not_every_label():
+    data = DomainData([Share(samples=80), Share(samples=80, seed=1)], Blobs(seed=2), batch_size=8, val_size=0.1)
+    data.setup()
+    role = data.roles["source"].samples
+    assert int(role.labels.min()) >= 0  # there is nothing to learn from a source sample without a label
+    val = data.evaluation_sets("val")["val"]
+    assert len(role.ids.unique()) == len(role)
+    assert len(torch.cat([role.ids, val.ids]).unique()) == len(role) + len(val) == 2 * (40 - 10)
+
+
 def test_domains_are_validated_apart():
     data = DomainData(Blobs(samples=60), Blobs(samples=90, seed=5, test_samples=12), batch_size=8, val_size=0.2)
     data.setup()
