@@ -17,7 +17,7 @@ from zoo.core.experts import Aggregator, Experts
 from zoo.core.modes import evaluating
 from zoo.core.network import Network
 from zoo.core.teachers import has_weights
-from zoo.domain_adaptation.test_time import Adapting, TestTimeAdaptation
+from zoo.domain_adaptation.test_time import TestTimeAdaptation
 from zoo.losses.domain_means import domain_rows
 from zoo.optim.virtual import averaged_gradients, with_parameters
 
@@ -110,7 +110,7 @@ class MetaDMoE(TestTimeAdaptation):
         self.mask, self.order, self.warmup, self.aggregator_weight = mask, order, warmup, aggregator_weight
         self.aggregator_arguments = (aggregator_depth, aggregator_heads, aggregator_dropout)
         self.allow_untrained_experts = allow_untrained_experts
-        self._met: Adapting | None = None  # the copy that has made its step
+        self.stepped = False  # whether the copy has made its step
 
     # What is built ----------------------------------------------------------------------------------------------------
 
@@ -190,14 +190,15 @@ class MetaDMoE(TestTimeAdaptation):
 
     def prepare_copy(self, network: Network) -> dict[str, nn.Parameter]:
         """All but the head adapts."""
+        self.stepped = False
         for parameter in network.parameters():
             parameter.requires_grad_()
         return self.moving(network)
 
     def adapt(self, x: Any) -> Tensor:
         """Make the step where this is the copy's first batch; predict."""
-        if self._met is not self.now:
-            self._met = self.now
+        if not self.stepped:
+            self.stepped = True
             named = self.now.named
             loss = mse_loss(self.adapted.features(x), self.aggregator(self.experts(x)).detach())
             with torch.autocast(loss.device.type, enabled=False):

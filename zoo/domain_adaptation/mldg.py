@@ -76,7 +76,9 @@ class MLDG(DomainGeneralization):
                 f"MLDG: inner_lr={inner_lr} must be positive and test_weight={test_weight} must not be negative"
             )
         if not 1 <= test_domains < self.num_domains:
-            raise UserError(f"MLDG: test_domains={test_domains} must be at least 1 and less than {self.num_domains}")
+            raise UserError(
+                f"MLDG: test_domains={test_domains} must be at least 1 and less than num_domains={self.num_domains}"
+            )
         check_choice("MLDG", "order", order, ("first", "second"))
         check_choice("MLDG", "inner_step", inner_step, ("gradient", "sign"))
         if (order, inner_step) == ("second", "sign"):
