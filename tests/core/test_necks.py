@@ -34,7 +34,23 @@ def test_parts_can_be_left_out() -> None:
     assert Bottleneck(5).linear.bias is None  # BatchNorm has one
 
 
-@pytest.mark.parametrize(("arguments", "named"), [({"width": 0}, "width=0"), ({"dropout": 1.0}, "dropout=1.0")])
+def test_dropout_keeps_values_or_lengths() -> None:
+    x = torch.randn(256, 5)
+    for keeps in ("values", "length"):
+        neck = Bottleneck(5, 400, norm=False, dropout=0.75, dropout_keeps=keeps)
+        plain, dropped = neck.eval()(x), neck.train()(x)
+        squares = (dropped.square().sum() / plain.square().sum()).item()
+        values = (dropped.sum() / plain.sum()).item()
+        assert values == pytest.approx(1.0 if keeps == "values" else 0.5, rel=0.05)
+        assert squares == pytest.approx(4.0 if keeps == "values" else 1.0, rel=0.05)
+        kept = dropped != 0
+        assert torch.allclose(dropped[kept], plain[kept] * (4.0 if keeps == "values" else 2.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"width": 0}, "width=0"), ({"dropout": 1.0}, "dropout=1.0"), ({"dropout_keeps": "norm"}, "dropout_keeps='norm'")],
+)
 def test_refuses(arguments, named) -> None:
     with pytest.raises(UserError, match=re.escape(named)):
         Bottleneck(5, **arguments)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from zoo.core.errors import UserError
+from zoo.core.errors import UserError, check_choice
 
 
 class Neck(nn.Module):
@@ -23,18 +25,31 @@ class Bottleneck(Neck):
         width: E, at least 1.
         norm: BatchNorm after the linear layer.
         relu: ReLU at the end.
-        dropout: rate after it, in [0, 1).
+        dropout: rate p after it, in [0, 1).
+        dropout_keeps: what dropout leaves as it is in the mean: the ``"values"``, by dividing by 1 - p, or the squared
+            ``"length"`` of the features, by dividing by the root of 1 - p, for methods that look at lengths (AFN).
+
+    Raises:
+        UserError: for an argument out of its range.
     """
 
     def __init__(
-        self, in_features: int, width: int = 256, norm: bool = True, relu: bool = True, dropout: float = 0.0
+        self,
+        in_features: int,
+        width: int = 256,
+        norm: bool = True,
+        relu: bool = True,
+        dropout: float = 0.0,
+        dropout_keeps: Literal["values", "length"] = "values",
     ) -> None:
         super().__init__()
         if width < 1:
             raise UserError(f"Bottleneck: width={width} must be at least 1")
         if not 0 <= dropout < 1:
             raise UserError(f"Bottleneck: dropout={dropout} must lie in [0, 1)")
+        check_choice("Bottleneck", "dropout_keeps", dropout_keeps, ("values", "length"))
         self.num_features = width
+        self.scale = (1 - dropout) ** 0.5 if dropout_keeps == "length" else 1.0  # of features with dropout
         self.linear = nn.Linear(in_features, width, bias=not norm)
         self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
         self.activation = nn.ReLU() if relu else nn.Identity()
@@ -42,4 +57,5 @@ class Bottleneck(Neck):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, D) to features (B, E)."""
-        return self.dropout(self.activation(self.norm(self.linear(features))))
+        features = self.dropout(self.activation(self.norm(self.linear(features))))
+        return features * self.scale if self.training and self.scale != 1.0 else features

@@ -34,7 +34,7 @@ class AFN(DomainAdaptation):
         radius: R ≥ 0 of the hard form.
         entropy_weight: μ ≥ 0 of the target's predictions; TLlib takes 0.1 for Office-31.
         **kwargs: see :class:`~zoo.domain_adaptation.base.DomainAdaptation`; authors and TLlib pass the domains
-            separately, through a bottleneck of 1000 units with dropout.
+            separately, through a ``Bottleneck`` of ``width: 1000``, ``dropout: 0.5`` and ``dropout_keeps: length``.
 
     Raises:
         UserError: for an argument out of its range.
