@@ -90,6 +90,17 @@ def test_values_are_those_of_the_target_by_the_evaluated_network() -> None:
         assert values.seen[1][f"validator/{name}"] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("count", [40, 80])
+def test_every_target_sample_is_predicted_once(count) -> None:
+    model, seen = method(), []
+    module = data(source=blobs(0), target=blobs(1, samples=count), val_size=0)
+    run = trainer(TransferValidation(), max_epochs=1)
+    model.configure_model()
+    model.network.register_forward_hook(lambda network, inputs, _: seen.append((network.training, len(inputs[0]))))
+    run.fit(model, module)
+    assert sum(number for training, number in seen if not training) == count == len(module.roles["target"].samples)
+
+
 class Look(Callback):
     """Random numbers and modes of every step."""
 

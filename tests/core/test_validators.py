@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 from torch import multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.core import validators
 from zoo.core.errors import UserError
 from zoo.core.validators import (
     BatchNuclearNorm,
@@ -164,3 +166,67 @@ def test_two_ranks_say_what_one_says(tmp_path) -> None:
     for process in ranks:
         process.join()
     assert found[0] == found[1] == pytest.approx(values(logits()), abs=1e-12)
+
+
+class Meter(TorchDispatchMode):
+    """How many numbers are made, altogether and at most in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.total += tensor.numel()
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_work_is_linear_and_memory_does_not_grow(number) -> None:
+    work, largest, states = [], [], []
+    for count in (80, 160, 320):
+        metric, rows = metrics()[number], logits(count)
+        with Meter() as meter:
+            for part in rows.split(8):
+                metric.update(part)
+        work.append(meter.total - count * CLASSES)
+        largest.append(meter.largest)
+        states.append(sum(getattr(metric, name).numel() for name in metric._defaults))
+        assert metric._update_count == count // 8
+    assert work[2] - work[1] == 2 * (work[1] - work[0]) > 0
+    assert len(set(largest)) == len(set(states)) == 1
+    assert states[0] <= 1 + CLASSES**2
+
+
+def test_density_holds_a_block_of_rows_at_a_time() -> None:
+    vectors = logits(256).softmax(1)
+    largest = []
+    for block in (16, 32):
+        with Meter() as meter:
+            soft_neighborhood_density(vectors, block=block)
+        largest.append(meter.largest)
+    assert largest == [max(16 * 256, vectors.numel()), 32 * 256]
+
+
+def test_distance_reads_every_sample_twice(monkeypatch) -> None:
+    from sklearn.base import BaseEstimator
+
+    seen = {"fit": 0, "score": 0}
+
+    class Counting(BaseEstimator):
+        def fit(self, x, y):
+            seen["fit"] += len(x)
+            return self
+
+        def score(self, x, y) -> float:
+            seen["score"] += len(x)
+            return 1.0
+
+    monkeypatch.setattr(validators, "domain_classifier", Counting)
+    for count in (20, 40):
+        seen.update(fit=0, score=0)
+        assert a_distance(torch.randn(count, 3), torch.randn(2 * count, 3)) == 2.0
+        assert seen == {"fit": 2 * count, "score": 2 * count}  # both domains as the smaller one

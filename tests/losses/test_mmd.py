@@ -171,3 +171,29 @@ def test_refusals() -> None:
         mmd(samples(4), samples(4), estimator="unbiassed")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="too few"):
         mmd(samples(1), samples(4))
+
+
+@pytest.mark.parametrize("estimator", ["linear", "pairs", "unbiased", "biased"])
+def test_memory_of_the_linear_estimators_is_linear_in_the_batch(estimator) -> None:
+    def kept(count: int) -> int:
+        """Numbers that are kept for the backward pass."""
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+            alive.append(tensor)
+            return tensor
+
+        alive: list = []
+        x, y = (torch.randn(count, 4, requires_grad=True) for _ in range(2))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mmd(x, y, estimator=estimator).backward()
+        return sum(found.values())
+
+    once, twice = kept(128), kept(256)
+    if estimator in ("linear", "pairs"):
+        assert twice == pytest.approx(2 * once, rel=0.02)
+        assert once < 128 * 200
+    else:
+        assert twice > 3.5 * once
