@@ -524,7 +524,10 @@ class Data(LightningDataModule):
             self._normalize = Normalize(*self._statistics())
         if next(iter(self._normalize.buffers()), images).device != images.device:
             self._normalize.to(images.device)
-        return self._normalize(images)
+        # Lightning has converted batches for bf16-true and 64-true before there was anything to convert.
+        plugin = getattr(self.trainer, "precision_plugin", None)
+        made: Tensor = self._normalize(images)
+        return made if plugin is None else plugin.convert_input(made)
 
     def _finish(self, role: Role, raw: dict[str, Any]) -> dict[str, Tensor]:
         made = dict(raw)

@@ -216,3 +216,22 @@ def test_batches_in_memory_are_drawn_by_whole_lists():
     samples.images_at = lambda where: calls.append(len(where)) or original(where)
     assert len(list(data.train_dataloader())) == 5
     assert calls == [16] * 5
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
+)
+def test_images_are_of_the_weights_type(tmp_path, precision, dtype):
+    """Normalised images are made behind the place where Lightning converts batches."""
+    source = Blobs(num_classes=3, samples=40, test_samples=20, size=8)
+    module = Recorder()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, max_epochs=1, precision=precision,
+    )  # fmt: skip
+    data = SupervisedData(source, batch_size=4, steps=2, val_size=0.2)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    trainer.predict(module, data)
+    assert {image.dtype for image in module.images} == {dtype}
+    assert module.layer[1].weight.dtype == dtype
