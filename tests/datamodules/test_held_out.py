@@ -51,6 +51,15 @@ def test_held_out_samples_are_mirrored_where_those_of_all_domains_are() -> None:
         assert data.roles["target"].views["weak"].flip == all(flips)
 
 
+def test_seed_decides_who_is_held_out() -> None:
+    parts = []
+    for seed in (0, 0, 1):
+        data = HeldOutDomainData(**sources(), batch_size=4, steps=1, val_size=0, held_out=0.5, seed=seed)
+        data.setup("fit")
+        parts.append(set(data.parts["held_out"].tolist()))
+    assert parts[0] == parts[1] != parts[2]
+
+
 def test_share_is_checked() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(UserError, match=f"held_out={share}"):

@@ -96,7 +96,9 @@ def test_the_same_seed_makes_the_same_domains() -> None:
     one, two, other = data(), data(), data(seed=1)
     for module in (one, two, other):
         module.setup("fit")
-    assert torch.equal(one.parts["domain 2"], two.parts["domain 2"])
+    for part in ("domain 2", "val 2"):
+        assert torch.equal(one.parts[part], two.parts[part])
+        assert not torch.equal(one.parts[part], other.parts[part])
     assert not torch.equal(one.class_given_domain, other.class_given_domain)
 
 
