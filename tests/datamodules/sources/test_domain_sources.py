@@ -561,12 +561,15 @@ def test_fmow(tmp_path):
         "test,zoo,2017-02-01T00:00:00Z,XXX",
         "test,zoo,2011-02-01T00:00:00Z,DEU",
         "train,dam,2017-02-01T00:00:00Z,CHN",
+        "val,dam,2013-01-01T00:00:00Z,CHN",  # the first of three years of validation
+        "test,zoo,2016-01-01T00:00:00Z,DEU",
     ]
     (tmp_path / "rgb_metadata.csv").write_text("\n".join(rows))
     (tmp_path / "country_code_mapping.csv").write_text("alpha-3,region\nDEU,Europe\nCHN,Asia\n")
-    for number in range(6):
+    for number in range(8):
         picture(tmp_path / "images" / f"rgb_img_{number}.png")
-    numbers = {"train": [0], "val": [1], "test": [3], "id_test": [4], "region_Asia": [1, 5], "region_Other": [3]}
+    numbers = {"train": [0], "val": [1, 6], "test": [3, 7], "id_test": [4]}
+    numbers |= {"region_Asia": [1, 5, 6], "region_Other": [3]}
     for domain, wanted in numbers.items():
         source = WILDS(str(tmp_path), "fmow", domain, size=4)
         source.prepare()
