@@ -33,8 +33,8 @@ class RoundsData(GeneralizationData):
         **kwargs: see :class:`~datamodules.domains.GeneralizationData`.
 
     Raises:
-        UserError: for another ``sampling``, or ``agreement`` without rounds; before training, where a round was right,
-            or wrong, on every sample, or no two rounds ever differ.
+        UserError: for another ``sampling``, or ``agreement`` without rounds or with an odd ``batch_size``; before
+            training, where a round was right, or wrong, on every sample, or no two rounds ever differ.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class RoundsData(GeneralizationData):
         if sampling not in ("domains", "agreement"):
             near = suggest(sampling, ["domains", "agreement"])
             raise UserError(f"RoundsData: sampling={sampling!r} must be 'domains' or 'agreement'.{near}")
+        if sampling == "agreement" and self.batch_size % 2:
+            raise UserError(f"RoundsData: batch_size={self.batch_size} must be even, as sampling='agreement' halves it")
         self.rounds = list(rounds or [])
         self.sampling = sampling
 

@@ -161,6 +161,21 @@ def test_steps_lower_the_consistency_of_the_same_views() -> None:
     assert cost() < before
 
 
+def test_styles_part_before_what_is_inserted_behind_the_same_stage() -> None:
+    made, x = adapting(method()), batch()["source"]["image"]
+    made(x)
+    sizes: list[int] = []
+    for part in made.inserted.values():
+        part.register_forward_hook(lambda layer, inputs, output: sizes.append(len(inputs[0])))
+    seen = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        sizes.clear()
+        made.views(made.adapted, x)
+        seen.add(tuple(sizes))
+    assert seen == {(12, 12, 12, 12), (6, 12, 12, 12)}
+
+
 def test_maps_of_another_size_need_channels() -> None:
     made = adapting(method())
     made(torch.randn(3, 1, 28, 28))

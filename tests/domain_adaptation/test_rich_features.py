@@ -155,6 +155,7 @@ def test_weights_of_the_synthesis_begin_another_training(tmp_path) -> None:
         (lambda: method(RichFeatureSynthesis).training_step(images_only(), 0), "data.rounds"),
         (lambda: method(RichFeatureSynthesis, rounds=3).training_step(images_only(rounds=2), 0), "the data has 2"),
         (lambda: data(sampling="agree"), "agreement"),
+        (lambda: data(["a"], "agreement", sources=1, batch_size=7), "batch_size=7 must be even"),
     ],
 )
 def test_what_does_not_fit_is_said(make, named) -> None:
@@ -171,16 +172,13 @@ def images_only(**more) -> dict:
 # The data
 
 
-def data(rounds=(), sampling="domains", **more) -> RoundsData:
+def data(rounds=(), sampling="domains", sources: int = 2, batch_size: int = 8) -> RoundsData:
     def source(degrees: int, part: int) -> Rotated:
         blobs = Blobs(num_classes=3, size=8, channels=1, samples=90, test_samples=12)
         return Rotated(blobs, degrees, part=(part, 3))
 
-    made = RoundsData(
-        [source(0, 0), source(90, 1)], source(180, 2), list(rounds), sampling, batch_size=8, steps=6, val_size=0.2,
-        **more,
-    )  # fmt: skip
-    return made
+    domains = [source(0, 0), source(90, 1)][:sources]
+    return RoundsData(domains, source(180, 2), list(rounds), sampling, batch_size=batch_size, steps=6, val_size=0.2)
 
 
 def written(path: Path, index: torch.Tensor, classes: torch.Tensor) -> str:
