@@ -419,11 +419,20 @@ trainer: {max_epochs: 1, accelerator: cpu}
 
 @pytest.mark.parametrize(
     ("method", "data", "validates"),
-    [("DANN", "DomainData", True), ("SourceOnly", "DomainData", False), ("SourceOnly", "GeneralizationData", False)],
+    [
+        ("DANN", "DomainData", True),
+        ("SourceOnly", "DomainData", False),
+        ("SourceOnly", "GeneralizationData", False),
+        ("FST, method: SelfEnsembling", "DomainData", True),  # what stands around a method sees what that sees
+    ],
 )
 def test_validators_and_pictures_where_there_are_domains(tmp_path, monkeypatch, method, data, validates):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "domains.yaml").write_text(DOMAINS.replace("METHOD", method).replace("DATA", data))
+    method, _, inner = method.partition(", method: ")
+    config = DOMAINS.replace("METHOD", method).replace("DATA", data)
+    if inner:
+        config = config.replace("init_args: {network", f"init_args: {{method: {{class_path: {inner}}}, network")
+    (tmp_path / "domains.yaml").write_text(config)
     callbacks = trainer_of(monkeypatch, "fit", "-c", "domains.yaml").callbacks
     names = [type(c).__name__ for c in callbacks]
     assert ("TransferValidation" in names) == validates

@@ -227,7 +227,7 @@ class ZooCLI(LightningCLI):
         """Where there are domains: their pictures, and validators for a method that sees the target in training."""
         if not isinstance(self.datamodule, DomainData):
             return
-        adapts = "target" in getattr(getattr(self.model, "card", None), "roles", ()) and sees_target(self.datamodule)
+        adapts = "target" in getattr(self.model, "roles", ()) and sees_target(self.datamodule)
         if adapts and self.subcommand in ("fit", "validate"):
             yield "TransferValidation"
         if self.subcommand in ("fit", "test") and getattr(self.model, "source_views", None) != ():

@@ -88,6 +88,11 @@ class Method(Persistent, Evaluated, LeanHooks):
             shard(self, self.device_mesh)
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Parts of the batch that the method reads, as its card says."""
+        return self.card.roles if hasattr(self, "card") else ()
+
+    @property
     def teacher_pairs(self) -> Iterator[tuple[EMA, nn.Module]]:
         """Each average with the student that it follows."""
         if isinstance(teacher := getattr(self, "teacher", None), EMA):

@@ -81,6 +81,11 @@ class Wrapper(Method):
         return self.method.predictor
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Those of the inner method."""
+        return self.method.roles
+
+    @property
     def labeled_views(self) -> tuple[str, ...]:
         """Those of the inner method."""
         return self.method.labeled_views
