@@ -37,7 +37,8 @@ class Network(nn.Module):
         in_channels: channels of the image.
         dropout: rate in front of the head, in [0, 1).
         image_size: height and width, needed by networks that are built for one size.
-        channels_last: store images and weights channels last, faster for convolutions on GPUs.
+        channels_last: store images and weights channels last, faster for wide convolutions with BatchNorm: a tenth to
+            a fifth of a ResNet-18 step on a CPU.
         arguments: more for the library's constructor.
         weights_part: what of a training's checkpoint: ``predictor`` (its averaged teacher if it has one), ``network``,
             ``teacher``, or ``backbone`` (the predictor's, with a new head).
