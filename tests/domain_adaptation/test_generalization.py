@@ -203,6 +203,16 @@ def test_fishr_averages() -> None:
     assert not torch.equal(before[1], made.variances[1])
 
 
+def test_fishr_takes_the_gradients_of_the_head_behind_dropout() -> None:
+    made, source = method("Fishr", step=10**6, penalty_weight=1.0), batch()["source"]
+    made.network.dropout = torch.nn.Tanh()  # stands for what is random
+    features = made.network.features(source["image"]).tanh()
+    logits = made.network.head(features)
+    penalty = variance_distance(*gradient_variances(features, logits, source["label"], source["domain"], S))
+    wanted = F.cross_entropy(logits, source["label"]) + penalty
+    assert made.training_step(batch(), 0).item() == pytest.approx(wanted.item(), rel=1e-7)
+
+
 # --- GroupDRO ---------------------------------------------------------------------------------------------------------
 
 
