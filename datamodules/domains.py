@@ -458,8 +458,9 @@ class GeneralizationData(DomainData):
     ``domain``, not by the order.
 
     Batch: ``source`` {image, label, domain, index}. Validation: ``val``, held-out samples of the source domains
-    ("training-domain validation", the default for selection), and ``oracle``, held-out samples of the target's training
-    set, on which a model may only be selected if that is said aloud. Test: ``test``, the target's test set.
+    ("training-domain validation", the default for selection; here all samples count alike, in DomainBed all domains),
+    and ``oracle``, held-out samples of the target's training set, on which a model may only be selected if that is said
+    aloud. Test: ``test``, the target's test set.
 
     Args:
         source: the labelled domains, at least one.
