@@ -72,7 +72,8 @@ class AnnealedPenalty(DomainGeneralization):
         reset_optimizer: forget the optimizer's moments at step T, as DomainBed does with Adam, whose steps would
             otherwise be sized by the small gradients before the jump.
         rescale: divide the loss by w_t where that is above 1, as the authors of IRM do. Adam does not notice; with
-            plain gradient descent the learning rate need not shrink.
+            plain gradient descent the learning rate need not shrink. Their loss has the squared norm of the weights in
+            it, which is divided too; a ``weight_decay`` of the optimizer is not.
         **kwargs: see :class:`DomainGeneralization`.
 
     Raises:
