@@ -33,7 +33,7 @@ class SAR(GradientAdaptation):
     θ are scales and shifts of BatchNorm, LayerNorm and GroupNorm but for the top layers'. The gradient at
     :math:`\theta + \hat\epsilon` is that of samples which are reliable there as well. Where the moving average of their
     entropies (0.9 of what it was) falls below ``collapse``, a few confident answers to everything are near, and all is
-    put back as trained, the average too (in the authors' code it stays, so that the next batch may be put back as well).
+    put back as trained, the average too (in the authors' code it stays, and may put back the next batch too).
     Predicted is before the step. On several ranks samples count together.
 
     Batch: ``source`` {image, label}; at test {image, label}.
