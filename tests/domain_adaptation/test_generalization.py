@@ -213,6 +213,31 @@ def test_fishr_takes_the_gradients_of_the_head_behind_dropout() -> None:
     assert made.training_step(batch(), 0).item() == pytest.approx(wanted.item(), rel=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ERM", {}),
+        ("IRM", {"estimator": "squared"}),
+        ("VREx", {}),
+        ("Fishr", {}),
+        ("GroupDRO", {"rate": 0.5}),
+        ("CORALGeneralization", {}),
+        ("MMDGeneralization", {}),
+        ("SharpnessAwareERM", {"rho": 0.5}),
+        ("DomainAdversarialGeneralization", {"conditional": True}),
+    ],
+)
+def test_two_ranks_are_one_also_where_one_lacks_a_domain(name, arguments, on_ranks) -> None:
+    def run(rows: slice) -> list[torch.Tensor]:
+        made = method(name, step=10**6, **arguments)
+        made.training_step({"source": {key: value[rows] for key, value in batch()["source"].items()}}, 0).backward()
+        return [p.grad for p in made.parameters()]
+
+    halves = on_ranks(lambda rank: run(slice(6 * rank, 6 * rank + 6)))  # domains 0 0 0 0 1 1 and 1 1 2 2 2 2
+    for ours, theirs, joint in zip(*halves, run(slice(12)), strict=True):
+        assert torch.allclose((ours + theirs) / 2, joint, rtol=1e-6, atol=1e-8)
+
+
 # --- GroupDRO ---------------------------------------------------------------------------------------------------------
 
 
