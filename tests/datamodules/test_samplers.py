@@ -193,6 +193,11 @@ def test_ranks_share_every_domain_out() -> None:
     assert all(not set(a) & set(b) for a, b in zip(*ranks, strict=True))
 
 
+def test_domains_of_one_size_are_not_in_one_order() -> None:
+    (draw,) = DomainSampler(torch.arange(2).repeat_interleave(50), 100, 1, num_replicas=1, rank=0)
+    assert draw[:50] != [index - 50 for index in draw[50:]]
+
+
 def test_epochs_of_domains_differ() -> None:
     sampler = DomainSampler(torch.arange(2).repeat_interleave(50), 4, 3, num_replicas=1, rank=0)
     first = list(sampler)
