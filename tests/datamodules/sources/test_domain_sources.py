@@ -514,6 +514,16 @@ def picture(file):
     Image.new("RGB", (9, 6), (9, 9, 9)).save(file)
 
 
+def test_lists_of_pacs_count_from_1_where_no_folder_names_the_class(tmp_path):
+    rows = [f"photo/{number}.png {label}" for number, label in enumerate((1, 7, 5))]
+    (tmp_path / "image_list").mkdir()
+    (tmp_path / "image_list" / "photo_all.txt").write_text("\n".join(rows))
+    for number in range(3):
+        picture(tmp_path / "photo" / f"{number}.png")
+    source = PACS(str(tmp_path), "photo", size=8)
+    assert [source.classes[label] for label in source.train().labels] == ["dog", "person", "horse"]
+
+
 def test_camelyon17(tmp_path):
     base = tmp_path / "camelyon17_v1.0"
     rows = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
