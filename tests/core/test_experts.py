@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import gelu
 
 from zoo.core.errors import UserError
 from zoo.core.experts import Aggregator, Experts
@@ -45,3 +46,15 @@ def test_order_of_the_experts_does_not_matter() -> None:
     aggregator, tokens = Aggregator(16, heads=4).eval(), torch.randn(5, 3, 16)
     assert torch.allclose(aggregator(tokens), aggregator(tokens[:, [2, 0, 1]]), atol=1e-6)
     assert aggregator(tokens).shape == (5, 16)
+
+
+def test_aggregator_is_that_of_the_authors() -> None:
+    """Normalised before, added after; a hidden layer of twice the width; the mean over the experts."""
+    aggregator, x = Aggregator(16, depth=2, heads=4).double().eval(), torch.randn(5, 3, 16).double()
+    y = x
+    for layer in aggregator.layers:
+        z = layer.norm1(y)
+        y = y + layer.self_attn(z, z, z)[0]
+        y = y + layer.linear2(gelu(layer.linear1(layer.norm2(y))))
+        assert (layer.linear1.out_features, layer.self_attn.num_heads) == (32, 4)
+    assert torch.allclose(aggregator(x), y.mean(dim=1), atol=1e-10)

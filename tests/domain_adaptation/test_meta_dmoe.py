@@ -111,18 +111,6 @@ def test_the_expert_that_knows_a_domain_has_no_say_in_it(mask) -> None:
     assert not torch.allclose(made.training_step(batch(), 0), loss, atol=1e-6)
 
 
-def test_aggregator_is_that_of_the_authors() -> None:
-    """Normalised before, added after; a hidden layer of twice the width; the mean over the experts."""
-    aggregator, x = Aggregator(16, depth=2, heads=4).double().eval(), torch.randn(5, 3, 16).double()
-    y = x
-    for layer in aggregator.layers:
-        z = layer.norm1(y)
-        y = y + layer.self_attn(z, z, z)[0]
-        y = y + layer.linear2(F.gelu(layer.linear1(layer.norm2(y))))
-        assert (layer.linear1.out_features, layer.self_attn.num_heads) == (32, 4)
-    assert torch.allclose(aggregator(x), y.mean(dim=1), atol=1e-10)
-
-
 def test_experts_neither_learn_nor_change() -> None:
     for progress in (0.0, 1.0):
         made = method(progress, network=CNN)
