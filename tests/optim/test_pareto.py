@@ -82,3 +82,13 @@ def test_handed_gradients_arrive_and_scale() -> None:
     (0.5 * loss).backward()
     assert torch.equal(p.grad, 0.5 * gradients[0])
     assert torch.equal(q.grad, 0.5 * gradients[1])
+
+
+def test_handing_gradients_over_passes_nothing_back_through_the_value() -> None:
+    parameter, passed = torch.nn.Parameter(torch.ones(3)), []
+    value = (2 * parameter).sum()
+    value.register_hook(passed.append)
+    value.grad_fn.register_prehook(passed.append)
+    with_gradients(value, [parameter], [torch.full((3,), 5.0)]).backward()
+    assert passed == []
+    assert torch.equal(parameter.grad, torch.full((3,), 5.0))

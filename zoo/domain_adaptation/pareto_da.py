@@ -86,6 +86,7 @@ class ParetoDA(Wrapper):
             name = type(self.method).__name__
             raise UserError(f"ParetoDA: method={name} takes steps of its own kind; DANN, CDAN or MDD can be combined")
         self.discriminators_recipe, self.guided, self.tolerance = discriminators, guided, tolerance
+        self._rows: Tensor | None = None
 
     def build(self) -> None:
         """The inner method's networks, and beside them, in its state, the discriminators of single classes."""
@@ -120,7 +121,10 @@ class ParetoDA(Wrapper):
         shared, others = self.shared_and_others()
         losses = [label_loss, alignment, mimicking, guide]
         plain = gradients_of(label_loss + alignment + class_domains, others)  # stops at the features
-        rows = torch.empty(len(losses), sum(p.numel() for p in shared), dtype=shared[0].dtype, device=self.device)
+        shape = (len(losses), sum(p.numel() for p in shared))
+        rows = self._rows
+        if rows is None or (rows.shape, rows.dtype, rows.device) != (shape, shared[0].dtype, shared[0].device):
+            rows = self._rows = shared[0].new_empty(shape)  # kept: fresh memory costs as much as what fills it
         for loss, row in zip(losses, rows, strict=True):
             torch.cat([in_memory_order(g, p) for g, p in zip(gradients_of(loss, shared), shared, strict=True)], out=row)
         rows = mean_across_ranks(rows)  # before the program, or every rank has its own weights

@@ -76,7 +76,7 @@ class _Hand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
@@ -93,4 +93,5 @@ def with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Seque
         parameters: leaves that require a gradient.
         gradients: one for each, of its shape.
     """
-    return _Hand.apply(value, gradients, *parameters)  # type: ignore[no-any-return]
+    # Detached: backward would go through what the value came from as well, with gradients of 0, which costs as much.
+    return _Hand.apply(value.detach(), gradients, *parameters)  # type: ignore[no-any-return]
