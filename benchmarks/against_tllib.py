@@ -208,6 +208,7 @@ def ours(
     precision: str = "32-true",
     fused: bool = True,
     pareto: bool = False,
+    held_out: int | None = None,
 ) -> dict[str, float]:
     """The same step as ``zoo fit`` makes it, with every callback of a run.
 
@@ -220,14 +221,15 @@ def ours(
         channels_last: memory format of the network.
         precision: the Trainer's.
         fused: torch's SGD in one pass over the weights, the same update.
-        pareto: the method within ParetoDA, with the data's own number of held-out images.
+        pareto: the method within ParetoDA.
+        held_out: its held-out images a step, unless the data's own half as many as of the source.
     """
     import zoo
     from datamodules import DomainData, HeldOutDomainData
     from zoo.core.heads import MLP
     from zoo.core.necks import Bottleneck
 
-    kind = HeldOutDomainData if pareto else DomainData
+    kind: Any = partial(HeldOutDomainData, held_out_batch_size=held_out) if pareto else DomainData
     data = kind(_source(0, size), _source(1, size), batch_size=batch_size, steps=steps, val_size=0)
     neck = partial(Bottleneck, width=1024 if method == "MDD" else 256, dropout=0.5 if method == "MDD" else 0.0)
     head = {"head": MLP, "dropout": 0.5} if method == "MDD" else {}
