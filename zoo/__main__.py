@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for something the user can mend.
     """
     of_process = argv is None
-    argv = list(sys.argv[1:] if of_process else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         if command in ("--help", "-h", "help"):
