@@ -57,15 +57,16 @@ def losses(made) -> tuple[list, list, list, list]:
 
 
 @pytest.mark.parametrize("inner", [DANN, CDAN, MDD])
-@pytest.mark.parametrize("guided", [True, False])
-def test_features_follow_the_weighted_sum_and_all_else_the_plain_one(inner, guided) -> None:
-    made = method(inner, guided=guided)
+@pytest.mark.parametrize(("guided", "plain_gradients"), [(True, False), (False, False), (True, True)])
+def test_features_follow_the_weighted_sum_and_all_else_the_plain_one(inner, guided, plain_gradients) -> None:
+    made = method(inner, guided=guided, plain_gradients=plain_gradients)
     _, rows, shared, plain = losses(made)
     g = torch.stack(rows[:3])
     w = pareto_da.pareto_weights(g @ g.T, g @ rows[3], guided)
     made.training_step(batch(), 0).backward()
     direction = torch.cat([p.grad.flatten() for p in shared])
-    assert torch.allclose(direction, 3 * w.float() @ g, rtol=1e-3, atol=1e-5)
+    added = g[0] + g[1] if plain_gradients else 0.0
+    assert torch.allclose(direction, 3 * w.float() @ g + added, rtol=1e-3, atol=1e-5)
     known = {id(p) for p in shared}
     others = [p for p in made.parameters() if id(p) not in known]
     assert len(others) > 4

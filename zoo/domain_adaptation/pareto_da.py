@@ -37,8 +37,7 @@ class ParetoDA(Wrapper):
 
     The paper writes :math:`L_{\text{val}} = -I` and lets the guide count where it is positive, which it never is:
     counted from its smallest value, :math:`-\log C`, it is 0 where the held-out predictions are certain and balanced,
-    and positive before. The authors' code never uses its guide, and adds the plain gradients of :math:`L_S` and
-    :math:`L_D` to the features once more.
+    and positive before. The authors' code never uses its guide.
 
     Gradients of four losses at every step. With ``forward_pass: split`` every domain has two passes back instead of
     one, and the held-out samples one forward and one back, which is 13/6 of the inner method's step where they are as
@@ -54,6 +53,8 @@ class ParetoDA(Wrapper):
         discriminators: from the numbers of features and classes to a module with a domain logit for every class.
         guided: ``False`` lets no guide count, as in the authors' code: every loss then falls.
         tolerance: the value of :math:`L_{\text{val}}` up to which it counts as 0.
+        plain_gradients: ``True`` adds :math:`\nabla L_S + \nabla L_D` to d, as the authors' code does. Without them a
+            network that knows nothing yet may follow :math:`L_T` alone, and be certain before it is right.
         **kwargs: see :class:`~zoo.core.method.Method`.
 
     Raises:
@@ -77,6 +78,7 @@ class ParetoDA(Wrapper):
         discriminators: Callable[[int, int], nn.Module] = ClassDiscriminators,
         guided: bool = True,
         tolerance: float = 1e-3,
+        plain_gradients: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(method=method, **kwargs)
@@ -86,6 +88,7 @@ class ParetoDA(Wrapper):
             name = type(self.method).__name__
             raise UserError(f"ParetoDA: method={name} takes steps of its own kind; DANN, CDAN or MDD can be combined")
         self.discriminators_recipe, self.guided, self.tolerance = discriminators, guided, tolerance
+        self.plain_gradients = plain_gradients
         self._rows: Tensor | None = None
 
     def build(self) -> None:
@@ -132,6 +135,8 @@ class ParetoDA(Wrapper):
         counts = mean_across_ranks(guide.detach()) > self.tolerance if self.guided else False
         weights = pareto_weights(products[:, :3], products[:, 3], counts)
         direction = 3.0 * weights.to(rows.dtype) @ rows[:3]
+        if self.plain_gradients:
+            direction = direction + rows[0] + rows[1]
         parts = direction.split([p.numel() for p in shared])
         moves = [as_parameter(part, p) for part, p in zip(parts, shared, strict=True)]
         terms |= {"source": label_loss, "mimicking": mimicking, "class_domains": class_domains}
