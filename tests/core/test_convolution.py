@@ -1,5 +1,6 @@
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,20 @@ def test_a_frozen_layer_passes_the_gradient_on(narrow) -> None:
         torch.autograd.grad(f(free).square().sum(), free)[0]
         for f in (ours, plain)
         for free in [x.clone().requires_grad_()]
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_function_transforms_pass_through(narrow) -> None:
+    ours, plain = pair(3, 4, 3, 1, 1)
+    x = torch.randn(5, 8, 3, 2, 2, dtype=torch.float64)
+
+    def loss(module, weight, x):
+        return torch.func.functional_call(module, {"weight": weight, "bias": module.bias}, x).square().sum()
+
+    found, wanted = (
+        torch.func.vmap(torch.func.grad(partial(loss, module)), (None, 0))(module.weight.detach(), x)
+        for module in (ours, plain)
     )
     torch.testing.assert_close(found, wanted)
 

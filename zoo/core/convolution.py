@@ -100,13 +100,18 @@ def meets(height: int, width: int, kernel: tuple[int, int], stride: tuple[int, i
 class _Products(torch.autograd.Function):
     """Maps (I, B, C) to (O, B, D) by weights (K, D, C); what autograd would do makes all weights' gradient K times."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sources: Tensor, targets: Tensor, counts: Sequence[int], outputs: int
+        x: Tensor, weight: Tensor, sources: Tensor, targets: Tensor, counts: Sequence[int], outputs: int
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, sources, targets)
-        ctx.counts = counts
         return _carried(x, weight.mT, sources, targets, counts, outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.counts, _ = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
