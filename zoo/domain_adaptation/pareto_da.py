@@ -40,7 +40,7 @@ class ParetoDA(Wrapper):
     and positive before. The authors' code never uses its guide.
 
     Gradients of four losses at every step. With ``forward_pass: split`` every domain has two passes back instead of
-    one, and the held-out samples one forward and one back, which is 13/6 of the inner method's step where they are as
+    one, and the held-out samples one forward and one back, which is 13/6 of the inner method's passes where they are as
     many as the source's, and 23/12 where they are half as many; ``joint`` has three passes back through both domains,
     17/6 and 31/12. Batch statistics do not see the held-out samples.
 
