@@ -25,6 +25,7 @@ COLUMNS = {
     "in use": "pseudo/utilization",
     "right": "pseudo/accuracy",
     "not adapted": "unadapted/accuracy",
+    "averaged (SWAD)": "swad/test/accuracy",
 }
 
 
