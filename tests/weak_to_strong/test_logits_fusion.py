@@ -153,3 +153,15 @@ class TestGeneration:
         made = large.generate(torch.randint(1, V, (1, 6)), 4, processors=[processor])
         assert lengths[0] == 6
         assert lengths[1:] == [1] * (int((made >= 0).sum()) - 1)
+
+    def test_other_texts_of_the_next_length_are_not_taken_for_the_same(self, models) -> None:
+        _, expert, _, base = models
+        processor = FusionProcessor([expert.model], [base.model])
+        scores = torch.randn(2, V)
+        ids, others = torch.randint(1, V, (2, 5)), torch.randint(1, V, (2, 6))
+        processor(ids, scores)
+        moved = torch.cat([ids.flip(0), ids[:, :1]], dim=1)  # beams change places
+        for x in (others, moved):
+            fresh = FusionProcessor([expert.model], [base.model])(x, scores)
+            assert torch.equal(processor(x, scores), fresh)
+            processor(ids, scores)

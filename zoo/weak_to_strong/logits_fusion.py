@@ -153,7 +153,7 @@ class FusionProcessor:
 
     ``large.generate(..., logits_processor=[FusionProcessor([expert], [base])])`` with models of transformers that share
     one vocabulary. Each new token costs a pass of every small model over that token alone: they keep their own caches,
-    which a new prompt clears. Beams change places between tokens, which caches cannot follow: ``use_cache=False`` then.
+    which are dropped where the ids are not those seen last and one more, as with a new prompt or moved beams.
 
     Args:
         experts: fine-tuned small models of transformers.
@@ -183,16 +183,16 @@ class FusionProcessor:
         self.weights, self.objective, self.shift, self.max_weight = weights, objective, shift, max_weight
         self.use_cache = use_cache
         self._caches: list[Any] = []
-        self._seen = 0
+        self._seen: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) of the next token, fused, from the ids so far (B, N) and the large model's."""
         models = [*self.experts, *self.bases]
-        follows = self.use_cache and self._seen and input_ids.shape[1] == self._seen + 1
+        follows = self.use_cache and self._seen is not None and torch.equal(input_ids[:, :-1], self._seen)
         if not follows:
             self._caches = [None] * len(models)
-        self._seen = input_ids.shape[1]
+        self._seen = input_ids
         mask = torch.ones_like(input_ids)
         if self.attention_mask is not None:
             mask[:, : self.attention_mask.shape[1]] = self.attention_mask
