@@ -173,7 +173,7 @@ def make_trainer(folder: str, **kwargs: Any) -> Trainer:
     """The Trainer as ``zoo fit`` makes it: bar, checkpoints, table of metrics, our callbacks."""
     from lightning.pytorch.callbacks import TQDMProgressBar
 
-    from callbacks import EMATeacher, NonFiniteGuard, RunSummary, Throughput
+    from callbacks import EMATeacher, KeepFreedMemory, NonFiniteGuard, RunSummary, Throughput
     from zoo.core.checkpoint_io import AtomicCheckpointIO, RunCheckpoint
     from zoo.run_folder import RunLogger
 
@@ -185,6 +185,7 @@ def make_trainer(folder: str, **kwargs: Any) -> Trainer:
         log_every_n_steps=50,
         callbacks=[
             EMATeacher(),
+            KeepFreedMemory(),
             Throughput(),
             RunSummary(),
             NonFiniteGuard(),

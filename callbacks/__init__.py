@@ -5,6 +5,7 @@ from callbacks.completion_writer import CompletionWriter
 from callbacks.domain_pictures import DomainPictures
 from callbacks.ema_teacher import EMATeacher
 from callbacks.few_shot import FewShotEvaluation
+from callbacks.freed_memory import KeepFreedMemory
 from callbacks.linear_evaluation import LinearEvaluation
 from callbacks.non_finite_guard import NonFiniteGuard, NonFiniteLoss
 from callbacks.open_set import OpenSetEvaluation
@@ -22,6 +23,7 @@ __all__ = [
     "DomainPictures",
     "EMATeacher",
     "FewShotEvaluation",
+    "KeepFreedMemory",
     "LinearEvaluation",
     "NonFiniteGuard",
     "NonFiniteLoss",

@@ -35,7 +35,14 @@ from zoo.core.method import Method
 from zoo.parser import Parser, flatten
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-DEFAULT_CALLBACKS = ("EMATeacher", "Throughput", "PseudoLabelDiagnostics", "RunSummary", "NonFiniteGuard")
+DEFAULT_CALLBACKS = (
+    "EMATeacher",
+    "KeepFreedMemory",
+    "Throughput",
+    "PseudoLabelDiagnostics",
+    "RunSummary",
+    "NonFiniteGuard",
+)
 
 # Advice that does not apply here: frozen teachers are in eval mode on purpose, sets in memory need no workers, and runs
 # may be shorter than the logging interval.

@@ -104,6 +104,29 @@ def test_steps_between_two_programs_take_the_last_weights(plain_gradients) -> No
         assert torch.allclose(p.grad, grad, atol=1e-6)
 
 
+def test_micro_batches_add_up_in_memory_that_is_kept() -> None:
+    made = method(guided=False)
+    alone = []
+    for factor in (1.0, 0.5, 0.25):
+        made.zero_grad()
+        (factor * made.training_step(batch(), 0)).backward()
+        alone.append([p.grad.clone() for p in made.method.parameters() if p.grad is not None])
+    made.zero_grad()
+    for factor in (1.0, 0.5, 0.25):
+        (factor * made.training_step(batch(), 0)).backward()
+    together = [p.grad for p in made.method.parameters() if p.grad is not None]
+    for grad, *parts in zip(together, *alone, strict=True):
+        assert torch.allclose(grad, sum(parts), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(alone[0][0], 4 * alone[2][0], rtol=1e-4, atol=1e-6)
+
+
+def test_every_gradient_has_memory_of_its_own() -> None:
+    p, q, r, unused = (torch.ones(3, requires_grad=True) for _ in range(4))
+    found = pareto_da.gradients_of((p + q).square().sum() + r.sum(), [p, q, r, unused])
+    torch._foreach_mul_(found, torch.tensor(2.0))
+    assert [g.tolist() for g in found] == [[8.0] * 3, [8.0] * 3, [2.0] * 3, [0.0] * 3]
+
+
 def test_no_loss_rises_without_a_guide() -> None:
     made = method(guided=False)
     _, rows, shared, _ = losses(made)

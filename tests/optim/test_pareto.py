@@ -77,7 +77,7 @@ def test_the_guide_may_sacrifice_a_loss_but_not_the_one_that_serves_it_best() ->
 def test_handed_gradients_arrive_and_scale() -> None:
     p, q = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     gradients = [torch.tensor([1.0, 2.0]), torch.full((3,), 5.0)]
-    loss = with_gradients(torch.tensor(7.0), [p, q], gradients)
+    loss = with_gradients(torch.tensor(7.0), [p, q], [g.clone() for g in gradients])
     assert loss.item() == 7
     (0.5 * loss).backward()
     assert torch.equal(p.grad, 0.5 * gradients[0])

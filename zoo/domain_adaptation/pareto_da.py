@@ -4,6 +4,7 @@ Lv et al., NeurIPS 2021, https://arxiv.org/abs/2112.04137
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import reduce
 from operator import add
@@ -21,6 +22,8 @@ from zoo.domain_adaptation.discriminators import ClassDiscriminators
 from zoo.losses.mimicking import class_domain_loss, mutual_information, refined_log_probabilities
 from zoo.optim.pareto import pareto_weights, with_gradients
 from zoo.optim.partial import PartialSteps, refuse_shards
+
+_CHUNK = 2**16  # columns whose products are taken at once: they stay in the cache
 
 
 class ParetoDA(Wrapper):
@@ -94,7 +97,7 @@ class ParetoDA(Wrapper):
             raise UserError(f"ParetoDA: method={name} takes steps of its own kind; DANN, CDAN or MDD can be combined")
         self.discriminators_recipe, self.guided, self.tolerance = discriminators, guided, tolerance
         self.plain_gradients, self.every = plain_gradients, every
-        self._rows: Tensor | None = None
+        self._memory: tuple[Tensor, list[Tensor]] | None = None
 
     def build(self) -> None:
         """The inner method's networks, and beside them, in its state, the discriminators of single classes."""
@@ -147,19 +150,30 @@ class ParetoDA(Wrapper):
     def balanced(self, losses: list[Tensor], guide: Tensor, shared: list[nn.Parameter]) -> list[Tensor]:
         """Gradients of all losses; the weights that the program finds; the direction that they make."""
         shape = (len(losses) + 1, sum(p.numel() for p in shared))
-        rows = self._rows
-        if rows is None or (rows.shape, rows.dtype, rows.device) != (shape, shared[0].dtype, shared[0].device):
-            rows = self._rows = shared[0].new_empty(shape)  # kept: fresh memory costs as much as what fills it
+        rows, directions = self.memory(shape, shared[0])
         for loss, row in zip([*losses, guide], rows, strict=True):
             torch.cat([in_memory_order(g, p) for g, p in zip(gradients_of(loss, shared), shared, strict=True)], out=row)
         rows = mean_across_ranks(rows)  # before the program, or every rank has its own weights
-        products = rows[:-1] @ rows.T
+        products = torch.stack([part[:-1] @ part.T for part in rows.split(_CHUNK, dim=1)]).sum(dim=0)
         counts = mean_across_ranks(guide.detach()) > self.tolerance if self.guided else False
         weights = pareto_weights(products[:, :-1], products[:, -1], counts)
         self.observe(guide=guide)
         self.method.pareto_weights = weights.to(self.method.pareto_weights.dtype)
-        parts = (self.factors().to(rows.dtype) @ rows[:-1]).split([p.numel() for p in shared])
+        held = {p.grad.untyped_storage().data_ptr() for p in shared if p.grad is not None}
+        free = next(one for one in directions if one.untyped_storage().data_ptr() not in held)
+        direction = torch.mm(self.factors().to(rows.dtype).unsqueeze(0), rows[:-1], out=free)
+        parts = direction.squeeze(0).split([p.numel() for p in shared])
         return [as_parameter(part, p) for part, p in zip(parts, shared, strict=True)]
+
+    def memory(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Rows for the gradients and two directions; kept, as fresh memory costs as much as what fills it.
+
+        Two, as parameters hold the last direction as their gradient until the next is made.
+        """
+        kept = self._memory
+        if kept is None or (kept[0].shape, kept[0].dtype, kept[0].device) != (shape, like.dtype, like.device):
+            kept = self._memory = like.new_empty(shape), [like.new_empty(1, shape[1]) for _ in range(2)]
+        return kept
 
     def factors(self) -> Tensor:
         """What the losses are multiplied by, for the features."""
@@ -200,10 +214,14 @@ class ParetoDA(Wrapper):
 
 
 def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients of a loss, 0 where it does not depend on a parameter; the graph is kept for the others."""
+    """Gradients of a loss, each in memory of its own, 0 where it does not depend on a parameter; the graph is kept."""
     with torch.autocast(loss.device.type, enabled=False):
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    memory = [g.untyped_storage() for g in gradients]
+    users = Counter(m.data_ptr() for m in memory)  # autograd gives one tensor to all that were added, or expands it
+    shared = [users[m.data_ptr()] > 1 or m.nbytes() < g.nbytes for m, g in zip(memory, gradients, strict=True)]
+    return [g.clone() if others else g for g, others in zip(gradients, shared, strict=True)]
 
 
 def in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:

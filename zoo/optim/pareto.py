@@ -75,12 +75,14 @@ def pareto_weights(products: Tensor, guide: Tensor | None = None, guided: Tensor
 class _Hand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients = list(gradients)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
-        return None, None, *torch._foreach_mul(list(ctx.gradients), outer[0])
+        gradients, ctx.gradients = ctx.gradients, None  # held by nobody else, a gradient is kept instead of copied
+        torch._foreach_mul_(gradients, outer[0])  # fresh memory would cost several times the product
+        return None, None, *gradients
 
 
 def with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -91,7 +93,7 @@ def with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Seque
     Args:
         value: what the scalar is.
         parameters: leaves that require a gradient.
-        gradients: one for each, of its shape.
+        gradients: one for each, of its shape, in memory of its own: the backward pass multiplies them in place.
     """
     # Detached: backward would go through what the value came from as well, with gradients of 0, which costs as much.
     return _Hand.apply(value.detach(), gradients, *parameters)  # type: ignore[no-any-return]
