@@ -1,5 +1,6 @@
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from rich.console import Console
 
 from zoo import pipeline as p
+from zoo import stage_runners
 from zoo.core.errors import UserError
 
 
@@ -461,12 +463,51 @@ def test_gap_recovered_mistakes(place, more, message):
     assert message in str(caught.value)
 
 
-def test_the_real_runner_writes_the_log_and_passes_the_environment(place, monkeypatch):
+def test_a_new_process_writes_the_log_and_gets_the_environment(place, monkeypatch):
     monkeypatch.setenv("LABELIGHT_TEST", "passed on")
     (place / "run").mkdir()
     code = "import os, sys; print(os.environ['LABELIGHT_TEST']); sys.exit(4)"
-    assert p._subprocess_runner([sys.executable, "-c", code], place / "run") == 4
+    assert stage_runners.in_new_process([sys.executable, "-c", code], place / "run") == 4
     assert (place / "run/log.txt").read_text() == "passed on\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize(
+    ("body", "status", "log"),
+    [
+        ("print(sys.argv[1:], os.environ['LABELIGHT_TEST'], sys.stdin.read()); return 0", 0, "['fit', '-x'] passed on"),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit('no such file')", 1, "no such file"),
+        ("raise KeyError('what')", 1, "KeyError: 'what'"),
+        ("os.kill(os.getpid(), 9)", -9, ""),
+        ("return 2", 2, ""),
+    ],
+)
+def test_a_fork_writes_the_log_and_returns_the_status(place, monkeypatch, body, status, log):
+    monkeypatch.setenv("LABELIGHT_TEST", "passed on")
+    (place / "run").mkdir()
+    (place / "front.py").write_text(f"import os, sys\ndef main():\n    {body}\n")
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setattr(stage_runners, "FRONT", "front")
+    monkeypatch.delitem(sys.modules, "front", raising=False)
+    before = [*sys.argv]
+    assert stage_runners.in_fork([sys.executable, "-m", "zoo", "fit", "-x"], place / "run") == status
+    assert log in (place / "run/log.txt").read_text()
+    assert sys.argv == before
+
+
+def test_no_fork_where_an_accelerator_is_in_use_or_the_system_bears_none(monkeypatch):
+    import torch
+
+    from zoo import cli
+
+    monkeypatch.setattr(cli, "import_all", lambda: None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert stage_runners.fastest() is stage_runners.in_fork
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert stage_runners.fastest() is stage_runners.in_new_process
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert stage_runners.fastest() is stage_runners.in_new_process
 
 
 def test_main_leaves_with_one_after_a_failed_stage(place, monkeypatch, capsys):
@@ -520,7 +561,9 @@ def test_a_real_pipeline_trains_tests_and_is_kept(place, monkeypatch):
         },
         "summary": {"error": "1 - score"},
     }
-    summary = go(content, p._subprocess_runner, place)
+    write(place / "pipe.yaml", content)
+    subprocess.run([sys.executable, "-m", "zoo", "pipeline", "pipe.yaml"], check=True)
+    summary = json.loads((place / "runs/pipe/summary.json").read_text())
     (accuracy,) = summary["stages"]["score"]["values"]
     assert summary["summary"]["error"]["mean"] == pytest.approx(1 - accuracy)
     again = Runner()

@@ -50,12 +50,11 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,8 +65,9 @@ from rich.table import Table
 
 from zoo.core.errors import UserError, suggest
 from zoo.gap_table import GapTable
+from zoo.stage_runners import Runner, fastest
 
-__all__ = ["Pipeline", "PipelineError", "Runner", "Stage", "StageFailedError", "evaluate", "main", "run"]
+__all__ = ["Pipeline", "PipelineError", "Stage", "StageFailedError", "evaluate", "main", "run"]
 
 COMMANDS = ("fit", "validate", "test", "predict")
 OUTPUTS = ("run", "checkpoint", "predictions", "metrics")
@@ -77,9 +77,6 @@ _STAGE_KEYS = ("command", "config", "overrides")
 _RESERVED = ("seed", "overrides", *_RUN_KEYS, "min", "max", "abs", "sqrt", "ratio")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _TARGET = re.compile(r"(?P<stage>\w+)(?:\.(?P<output>\w+)(?:\[(?P<metric>[^\]]+)\])?)?\Z")
-
-Runner = Callable[[Sequence[str], Path], int]
-"""Takes a command line and the run folder, leaves a ``log.txt`` there, returns the exit status."""
 
 
 class PipelineError(UserError):
@@ -476,22 +473,6 @@ def evaluate(expression: str, lookup: Callable[[str, str | None], float]) -> tup
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def _subprocess_runner(command: Sequence[str], folder: Path) -> int:
-    """Runs a stage in its own process; its output goes to ``log.txt``."""
-    with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            return process.wait()
-        finally:  # an interrupted pipeline leaves no training behind
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
 def _digest_file(path: Path) -> str:
     if path.is_dir():  # a sharded checkpoint, a folder of predictions
         parts = [[str(p.relative_to(path)), _digest_file(p)] for p in sorted(path.rglob("*")) if p.is_file()]
@@ -655,7 +636,7 @@ def _tail(path: Path, lines: int = 30) -> str:
 
 def run(
     pipeline: Pipeline,
-    runner: Runner = _subprocess_runner,
+    runner: Runner | None = None,
     force: Sequence[str] = (),
     dry_run: bool = False,
     console: Console | None = None,
@@ -664,7 +645,7 @@ def run(
 
     Args:
         pipeline: as read by :meth:`Pipeline.read`.
-        runner: runs one command line; tests give their own.
+        runner: runs one command line; by default each in a process of its own.
         force: stages to run even if nothing has changed.
         dry_run: only print the command lines and whether each would run.
         console: where to print.
@@ -686,7 +667,8 @@ def run(
             _show_plan(pipeline, seed, force, console)
         return {}
     with _only_one(pipeline.root):
-        results = {seed: _run_round(pipeline, seed, runner, force, console) for seed in rounds}
+        chosen = cache(fastest if runner is None else lambda: runner)  # what it imports is not needed if all is kept
+        results = {seed: _run_round(pipeline, seed, chosen, force, console) for seed in rounds}
         summary = _summarize(pipeline, results)
         _write_json(pipeline.root / "summary.json", summary)
     _print_summary(pipeline, summary, console)
@@ -718,7 +700,7 @@ def _show_plan(pipeline: Pipeline, seed: int | None, force: Sequence[str], conso
 
 
 def _run_round(
-    pipeline: Pipeline, seed: int | None, runner: Runner, force: Sequence[str], console: Console
+    pipeline: Pipeline, seed: int | None, runner: Callable[[], Runner], force: Sequence[str], console: Console
 ) -> dict[str, Mapping[str, Any]]:
     outputs: dict[str, Mapping[str, Any]] = {}
     for stage in pipeline.stages.values():
@@ -736,7 +718,7 @@ def _run_round(
         _write_json(folder / "stage.json", {"status": "running", "key": key, "command": command})
         console.print(f"{escape(label)}: running → {escape(str(folder))}")
         started = time.monotonic()
-        status = runner(command, folder)
+        status = runner()(command, folder)
         seconds = round(time.monotonic() - started, 1)
         if status != 0:
             _write_json(folder / "stage.json", {"status": "failed", "key": key, "command": command, "exit": status})
