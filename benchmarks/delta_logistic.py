@@ -30,7 +30,7 @@ def accuracy_of(cosine: Tensor) -> Tensor:
 def models(cosines: Tensor, correlations: Tensor, dimension: int, stream: torch.Generator) -> Tensor:
     r"""Unit vectors (R, 3, D) with these cosines (3,) to the first axis and these correlations (R,) of their errors.
 
-    Errors are :math:`\sqrt\\rho u + \sqrt{1 - \\rho} v_i` with orthonormal u and v.
+    Errors are :math:`\sqrt\rho\, u + \sqrt{1 - \rho} v_i` with orthonormal u and v.
     """
     frame = torch.linalg.qr(torch.randn(dimension - 1, 4, generator=stream, dtype=torch.double)).Q.T
     rho = correlations.view(-1, 1, 1)
