@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -102,10 +103,32 @@ def test_one_pass_fits_the_label_model_to_all_votes(tmp_path) -> None:
     assert found["val/accuracy"] == pytest.approx(float(right.mean()))
     assert found["val/covered_accuracy"] == pytest.approx(float(right[covered].mean()))
     assert found["val/coverage"] == pytest.approx(float(covered.float().mean()))
+    area = roc_auc_score(labels, direct.posterior(votes), multi_class="ovr")
+    assert found["val/auroc"] == pytest.approx(area, abs=1e-6)
     highest, lowest = votes.amax(1), votes.masked_fill(votes < 0, 3).amin(1)
     assert found["val/conflict"] == pytest.approx(float((highest > lowest).float().mean()))
     majority = MajorityVote(3, balance=direct.balance.tolist()).fit(votes).posterior(votes).argmax(1)
     assert found["val/majority_accuracy"] == pytest.approx(float((majority == labels).float().mean()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_samples_without_a_label_count_for_coverage_alone() -> None:
+    made = method()
+    made.configure_model()
+    votes, labels = plant(50, 2)
+    made.label_model.fit(votes)
+    batch = {"votes": votes, "label": labels.where(torch.arange(50) < 20, torch.tensor(-1))}
+    metrics = made.build_metrics()
+    made.evaluate(batch, metrics)
+    known = made.build_metrics()
+    made.evaluate({"votes": votes[:20], "label": labels[:20]}, known)
+    found, wanted = metrics.compute(), known.compute()
+    for name in ("accuracy", "covered_accuracy", "majority_accuracy", "auroc"):
+        assert float(found[name]) == pytest.approx(float(wanted[name]))
+    assert float(found["coverage"]) == pytest.approx(float((votes >= 0).any(1).float().mean()))
+    metrics.reset()
+    made.evaluate(batch | {"label": torch.full((50,), -1)}, metrics)
+    assert metrics.compute()["auroc"].isnan()
 
 
 def test_checkpoint_reloads_and_predictions_carry_weights(tmp_path) -> None:

@@ -21,10 +21,11 @@ class MeanAUROC(MulticlassAUROC):
 
     Args:
         num_classes: C.
+        ignore_index: the label of samples that do not count, if there are any.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, average="none", thresholds=None, validate_args=False)
+    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+        super().__init__(num_classes, average="none", thresholds=None, ignore_index=ignore_index, validate_args=False)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Keep the probabilities of a batch."""
@@ -32,10 +33,12 @@ class MeanAUROC(MulticlassAUROC):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The mean."""
+        labels: Tensor = dim_zero_cat(self.target)  # type: ignore[arg-type]
+        if not len(labels):
+            return labels.new_full((), torch.nan, dtype=torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class that does not occur is left out below
             areas = super().compute()
-        labels: Tensor = dim_zero_cat(self.target)  # type: ignore[arg-type]
         counts = torch.bincount(labels, minlength=len(areas))
         able = (counts > 0) & (counts < len(labels))
         return areas[able].mean()

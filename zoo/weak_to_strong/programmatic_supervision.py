@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from zoo.core.card import Card
 from zoo.core.errors import UserError
 from zoo.core.label_models import LabelModel
+from zoo.core.ranking import MeanAUROC
 from zoo.core.votes import is_conflicting, is_covered, vote_counts
 from zoo.weak_to_strong.base import OnePass
 
@@ -28,7 +29,7 @@ class ProgrammaticSupervision(OnePass):
 
     Evaluation logs ``accuracy`` over all samples, where ties and silence are left to the class balance;
     ``covered_accuracy`` over those with a vote; ``majority_accuracy``, that of counting votes, which the model must
-    beat; ``coverage`` and ``conflict``, the shares of samples with a vote and with two that differ.
+    beat; ``auroc``; ``coverage`` and ``conflict``, the shares of samples with a vote and with two that differ.
 
     Batch: ``votes`` {votes (B, M), -1 = abstain; index; hidden_label (not read)}. Evaluation: {votes, label, index}.
 
@@ -90,18 +91,21 @@ class ProgrammaticSupervision(OnePass):
         """Means over samples."""
         names = ("accuracy", "covered_accuracy", "majority_accuracy", "coverage", "conflict")
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric(nan_strategy="ignore") for name in names}
+        metrics["auroc"] = MeanAUROC(self.num_classes, ignore_index=-1)
         return MetricCollection(metrics, compute_groups=False)  # "disable" would drop the weights, too
 
     def evaluate(self, batch: Any, metrics: MetricCollection) -> None:
         """Labels -1 are not known and only count for coverage and conflict."""
         votes, labels = batch["votes"], batch["label"]
         covered, known = is_covered(votes).float(), (labels >= 0).float()
-        right = (self(votes).argmax(dim=1) == labels).float()
+        logits = self(votes)
+        right = (logits.argmax(dim=1) == labels).float()
         # the balance, being less than a vote, decides ties
         counted = (vote_counts(votes, self.num_classes) + self.label_model.balance / 2).argmax(dim=1)
         metrics["accuracy"].update(right, known)
         metrics["covered_accuracy"].update(right, known * covered)
         metrics["majority_accuracy"].update((counted == labels).float(), known)
+        metrics["auroc"].update(logits, labels)
         metrics["coverage"].update(covered)
         metrics["conflict"].update(is_conflicting(votes).float())
 
