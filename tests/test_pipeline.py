@@ -1,7 +1,9 @@
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -496,6 +498,26 @@ def test_a_fork_writes_the_log_and_returns_the_status(place, monkeypatch, body, 
     assert sys.argv == before
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("closed", [[0], [1], [0, 1, 2]])
+def test_a_fork_has_input_and_output_where_this_process_has_none(place, closed):
+    (place / "run").mkdir()
+    (place / "front.py").write_text("import sys\ndef main():\n    print('heard', repr(sys.stdin.read())); return 0\n")
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(place)!r})
+from zoo import stage_runners
+stage_runners.FRONT = "front"
+for fd in {closed}:
+    os.close(fd)
+os._exit(stage_runners.in_fork([sys.executable, "-m", "zoo", "fit"], stage_runners.Path("run")))
+"""
+    root = str(Path(p.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}, check=False)
+    assert done.returncode == 0
+    assert (place / "run/log.txt").read_text() == "heard ''\n"
+
+
 def test_no_fork_where_an_accelerator_is_in_use_or_the_system_bears_none(monkeypatch):
     import torch
 
@@ -534,8 +556,6 @@ def test_the_front_door_leaves_with_two_for_a_misspelt_stage(place, capsys):
 
 
 def test_committed_pipelines_are_right(monkeypatch):
-    from pathlib import Path
-
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
     for path in (root / "configs" / "pipelines").glob("*.yaml"):
@@ -544,8 +564,6 @@ def test_committed_pipelines_are_right(monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_pipeline_trains_tests_and_is_kept(place, monkeypatch):
-    from pathlib import Path
-
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     model = {"class_path": "Supervised", "init_args": {"network": {"class_path": "Network"}}}
     model["init_args"]["network"]["init_args"] = {"backbone": "lenet", "in_channels": 1, "image_size": 28}

@@ -53,10 +53,13 @@ def in_fork(command: Sequence[str], folder: Path) -> int:
 
 def _forked(command: Sequence[str], folder: Path) -> None:
     """The forked process: as ``python -m zoo ...`` would have it, and what Lightning starts further ranks from."""
-    with (folder / "log.txt").open("wb") as log, open(os.devnull, "rb") as nothing:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        os.dup2(nothing.fileno(), 0)
+    to_log = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for wanted, path, flags in ((0, os.devnull, os.O_RDONLY), (1, folder / "log.txt", to_log)):
+        opened = os.open(path, flags, 0o666)
+        if opened != wanted:  # which it is where this process had closed its input or output
+            os.dup2(opened, wanted)
+            os.close(opened)
+    os.dup2(1, 2)
     sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))  # noqa: SIM115
     sys.argv[1:] = command[3:]
     random.seed()

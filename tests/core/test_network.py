@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from zoo.core.heads import MLP, Cosine, EquiangularBasis, NaiveBayes, Prototypes
@@ -51,7 +51,7 @@ def test_state_dict_is_plain():
     assert {name.split(".")[0] for name in state} == {"backbone", "head"}
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert {"backbone.model.stages.0.0.weight", "head.weight", "head.bias"} <= state.keys()
-    save_file(state, "/dev/null")
+    save(state)
 
 
 @pytest.mark.parametrize("head", [Cosine, MLP, EquiangularBasis, NaiveBayes, Prototypes, partial(MLP, hidden=3)])
