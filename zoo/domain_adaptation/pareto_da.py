@@ -160,7 +160,7 @@ class ParetoDA(Wrapper):
         self.observe(guide=guide)
         self.method.pareto_weights = weights.to(self.method.pareto_weights.dtype)
         held = {p.grad.untyped_storage().data_ptr() for p in shared if p.grad is not None}
-        free = next(one for one in directions if one.untyped_storage().data_ptr() not in held)
+        free = next((one for one in directions if one.untyped_storage().data_ptr() not in held), None)  # or a new one
         direction = torch.mm(self.factors().to(rows.dtype).unsqueeze(0), rows[:-1], out=free)
         parts = direction.squeeze(0).split([p.numel() for p in shared])
         return [as_parameter(part, p) for part, p in zip(parts, shared, strict=True)]
