@@ -1,10 +1,12 @@
 """Where a run keeps its files: ``runs/NAME/`` with config.yaml, metrics.csv and checkpoints/."""
 
+import csv
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
 from zoo import catalog
@@ -38,16 +40,18 @@ class RunLogger(CSVLogger):
         """Nothing: config.yaml says it all."""
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """Lightning's writer, which deletes an existing file: keep its rows."""
+        """Lightning's writer, which deletes an existing file: keep its rows, on rank 0, which alone has the file."""
         if self._experiment is None:
             path = Path(self.log_dir) / "metrics.csv"
-            earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+            if not path.is_file():
+                return super().experiment
+            aside = path.replace(path.with_name("metrics.csv.earlier"))
             writer = super().experiment
-            if earlier and hasattr(writer, "metrics_keys"):  # not the stand-in of other ranks
-                path.write_text(earlier, encoding="utf-8")
-                writer.metrics_keys = earlier.split("\n", 1)[0].strip().split(",")
-            return writer
+            aside.replace(path)
+            with path.open(encoding="utf-8") as file:
+                writer.metrics_keys = next(csv.reader(file), [])
         return self._experiment
 
 
