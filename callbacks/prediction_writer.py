@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.files import by_index, gather_rows, run_folder, write_atomically
+from callbacks.files import write_atomically
+from callbacks.row_writer import RowWriter, write_tensors
 from zoo.core.errors import UserError
 
 
-class PredictionWriter(Callback):
+class PredictionWriter(RowWriter):
     """Predictions as a table for people and as tensors for programs.
 
     ``predictions.csv`` has one row per sample, in the order of their index: ``index``, ``path`` where the samples are
@@ -43,27 +44,19 @@ class PredictionWriter(Callback):
         tensors_name: str | None = "predictions.safetensors",
         probabilities: bool = False,
     ) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.csv_name = csv_name
         self.tensors_name = tensors_name
         self.probabilities = probabilities
-        self._rows: list[tuple[Tensor, ...]] = []
         self._paths: dict[int, str] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing."""
-        self._rows, self._paths = [], {}
+        super().on_predict_start(trainer, pl_module)
+        self._paths = {}
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep one batch, on the host."""
+    def rows(self, pl_module: LightningModule, outputs: Any, batch: Any) -> tuple[Tensor, ...]:
+        """Index (B,), probabilities (B, C) and, where there are any, weights (B,)."""
         probabilities = outputs.get("probabilities") if isinstance(outputs, dict) else None
         if probabilities is None or probabilities.ndim != 2 or "index" not in outputs:
             got = type(outputs).__name__ if probabilities is None else f"probabilities {tuple(probabilities.shape)}"
@@ -71,30 +64,27 @@ class PredictionWriter(Callback):
                 "PredictionWriter: predict_step must return {'index': (B,), 'probabilities': (B, C)}, "
                 f"but {type(pl_module).__name__} gave {got}"
             )
-        index = outputs["index"].cpu()
-        weights = [outputs["weights"].float().cpu()] if "weights" in outputs else []
-        self._rows.append((index, probabilities.float().cpu(), *weights))
         if isinstance(batch, dict) and "path" in batch:
-            self._paths.update(zip(index.tolist(), map(str, batch["path"]), strict=True))
+            self._paths.update(zip(outputs["index"].tolist(), map(str, batch["path"]), strict=True))
+        weights = [outputs["weights"].float()] if "weights" in outputs else []
+        return outputs["index"], probabilities.float(), *weights
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather and write."""
-        if not self._rows:
-            return
-        device = trainer.strategy.root_device
-        parts = [gather_rows(torch.cat(part), device) for part in zip(*self._rows, strict=True)]
-        index, probabilities, *weights = by_index(*parts)
+    def write(self, trainer: Trainer, folder: Path, index: Tensor, columns: Sequence[Tensor]) -> None:
+        """The tensors and the table."""
+        probabilities = columns[0]
         paths = self._all_paths(trainer, index)
-        folder = run_folder(trainer) if self.folder is None else Path(self.folder)
-        if trainer.is_global_zero:
-            classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
-            if self.tensors_name is not None:
-                samples = getattr(getattr(trainer, "datamodule", None), "predicts", None)
-                _write_tensors(folder / self.tensors_name, index, probabilities, samples, classes, *weights)
-            if self.csv_name is not None:
-                self._write_csv(folder / self.csv_name, index, probabilities, paths, classes)
-        trainer.strategy.barrier("predictions")
-        self._rows, self._paths = [], {}
+        self._paths = {}
+        if not trainer.is_global_zero:
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        classes = getattr(data, "classes", None) or ()
+        classes = classes if len(classes) == probabilities.shape[1] else ()
+        if self.tensors_name is not None:
+            tensors = {"index": index} | dict(zip(("probabilities", "weights"), columns, strict=False))
+            write_tensors(folder / self.tensors_name, tensors, getattr(data, "predicts", None), classes)
+        if self.csv_name is not None:
+            names = [str(name) for name in classes or range(probabilities.shape[1])]
+            self._write_csv(folder / self.csv_name, index, probabilities, paths, names)
 
     def _all_paths(self, trainer: Trainer, index: Tensor) -> list[str] | None:
         parts = [self._paths]
@@ -112,10 +102,8 @@ class PredictionWriter(Callback):
         return [str(by_id.get(number, "")) for number in index.tolist()]
 
     def _write_csv(
-        self, path: Path, index: Tensor, probabilities: Tensor, paths: list[str] | None, classes: Any
+        self, path: Path, index: Tensor, probabilities: Tensor, paths: list[str] | None, names: list[str]
     ) -> None:
-        count = probabilities.shape[1]
-        names = [str(name) for name in classes] if classes and len(classes) == count else [str(i) for i in range(count)]
         confidence, label = probabilities.max(dim=1)
 
         def write(temporary: Path) -> None:
@@ -131,18 +119,3 @@ class PredictionWriter(Callback):
                     writer.writerow(cells)
 
         write_atomically(path, write)
-
-
-def _write_tensors(
-    path: Path, index: Tensor, probabilities: Tensor, samples: str | None, classes: Any, weights: Tensor | None = None
-) -> None:
-    """Metadata say whose numbers the index has (a test set must not become labels for training), and the classes."""
-    from safetensors.torch import save_file
-
-    metadata = {} if samples is None else {"samples": samples}
-    if classes and len(classes) == probabilities.shape[1]:
-        metadata["classes"] = json.dumps([str(name) for name in classes])
-    tensors = {"index": index.contiguous(), "probabilities": probabilities.contiguous()}
-    if weights is not None:
-        tensors["weights"] = weights.contiguous()
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata or None))

@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import HALVES, Data, Role
+from datamodules.base import HALVES, Role
+from datamodules.each_once import EachOnce
 from datamodules.labeling.base import LabelingFunction, votes_of
 from datamodules.labeling.features import Features
 from datamodules.labeling.fingerprints import UnknownContentError, data_digest, digest
-from datamodules.samplers import EvalSampler, RepeatSampler
+from datamodules.samplers import EvalSampler
 from datamodules.sources.base import Samples, Source
 from datamodules.sources.text import TextSource
 from datamodules.splits import Split, generator, halved
@@ -61,7 +62,7 @@ class VoteSamples(Samples):
         return {"votes": self.votes[where]}
 
 
-class LabelingFunctionData(Data):
+class LabelingFunctionData(EachOnce):
     r"""Labelling functions vote on half B of the training set; half A, the labelled few, is what they may learn from.
 
     A method that reads ``votes`` finds out how far to trust each function and says what the labels are; ``zoo predict``
@@ -109,7 +110,7 @@ class LabelingFunctionData(Data):
         keep: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(source, batch_size, 1 if steps is None else steps, **kwargs)
+        super().__init__(source, batch_size, steps, **kwargs)
         if predict_on not in ("half", "test"):
             raise UserError(f"LabelingFunctionData: predict_on={predict_on!r} must be 'half' or 'test'")
         if not 0 < supervisor_share < 1:
@@ -128,7 +129,6 @@ class LabelingFunctionData(Data):
         self.features = features
         self.num_labels = num_labels
         self.supervisor_share = supervisor_share
-        self.each_once = steps is None
         self.predict_on = predict_on
         self.keep = keep
         self._texts: dict[str, list[str]] = {}
@@ -192,12 +192,6 @@ class LabelingFunctionData(Data):
         samples = self._voted(self._train(self.source).subset(self.parts["student"]), "train")
         return {"votes": Role(samples, self.batch_size, {}, hidden=True)}
 
-    def make_sampler(self, number: int, role: Role) -> RepeatSampler:
-        """Every sample exactly once in an epoch, unless a number of steps was asked for."""
-        if self.each_once:
-            return EvalSampler(role.samples, self.batch_size, **self._replicas())  # type: ignore[return-value]
-        return super().make_sampler(number, role)
-
     def evaluation_sets(self, stage: str) -> dict[str, Samples]:
         """Votes on the validation or the test set."""
         part = "test" if stage == "test" else "train"
@@ -215,19 +209,7 @@ class LabelingFunctionData(Data):
         """``train``, unless the test set is asked for."""
         return "train" if self.predict_on == "half" else "test"
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Votes are handed over as they are."""
-        if "votes" in batch and isinstance(batch["votes"], dict):
-            return {role: {key: x for key, x in of.items() if key != "seed"} for role, of in batch.items()}
-        return batch
-
     # Details ---------------------------------------------------------------------------------------------------------
-
-    def _check_batch(self, name: str, role: Role) -> None:
-        if not self.each_once:
-            super()._check_batch(name, role)
-        elif len(role.samples) == 0:
-            raise UserError("LabelingFunctionData: no samples are left to be labelled")
 
     def _write_split(self) -> None:
         """Beside it ``labeling_functions.csv``: what each did on half B, and how often it is right on the few."""

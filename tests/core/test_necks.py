@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zoo.core.errors import UserError
-from zoo.core.necks import Bottleneck
+from zoo.core.necks import Bottleneck, UnitLength
 from zoo.core.network import Network
 from zoo.core.weights import WeightsError
 
@@ -69,3 +69,17 @@ def test_weights_with_and_without_a_neck(tmp_path) -> None:
     theirs = small(3, weights=str(without))
     for name, value in theirs.backbone.state_dict().items():
         torch.testing.assert_close(only_backbone.backbone.state_dict()[name], value)
+
+
+def test_unit_length_keeps_directions_only() -> None:
+    network = small(3, neck=UnitLength).eval()
+    x = torch.randn(4, 1, 28, 28)
+    features = network.features(x)
+    assert network.num_features == network.backbone.num_features
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(features * network.backbone.features(x).norm(dim=1, keepdim=True), network.backbone(x))
+    assert not [name for name in network.state_dict() if name.startswith("neck.")]
+    neck = UnitLength(5)
+    assert torch.equal(neck(torch.zeros(2, 5)), torch.zeros(2, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert neck(torch.full((1, 5), 1e4)).isfinite().all()

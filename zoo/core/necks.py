@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from zoo.core.errors import UserError, check_choice
 
@@ -59,3 +60,22 @@ class Bottleneck(Neck):
         """Features (B, D) to features (B, E)."""
         features = self.dropout(self.activation(self.norm(self.linear(features))))
         return features * self.scale if self.training and self.scale != 1.0 else features
+
+
+class UnitLength(Neck):
+    r"""Features of length one, so that a linear head sees their direction alone: :math:`n(\phi) = \phi / \|\phi\|_2`.
+
+    A probe on them fits weak labels less closely, and so repeats fewer of the supervisor's errors. They are small, so
+    that the head needs a larger learning rate than it does on raw features.
+
+    Args:
+        in_features: D.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.num_features = in_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) to features (B, D) of length one; zeros stay zeros."""
+        return normalize(features, dim=1)

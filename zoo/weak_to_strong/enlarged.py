@@ -37,12 +37,16 @@ class Enlarged(Network):
         super().__init__(num_outputs, **kwargs)
         self.resize, self.scale, self.shift = resize, std / own_std, (mean - own_mean) / own_std
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Any) -> Tensor:
         """Images (B, C, H, W) to features (B, D)."""
+        return super().features(self.enlarge(x))
+
+    def enlarge(self, x: Any) -> Any:
+        """Images as the backbone knows them; what is no image stays."""
+        channels = self.backbone.in_channels
+        if channels is None:
+            return x
         x = x * self.scale + self.shift
         if self.resize is not None:
             x = interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
-        channels = self.backbone.in_channels
-        if channels is not None and x.shape[1] == 1:
-            x = x.expand(-1, channels, -1, -1)
-        return super().features(x)
+        return x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x

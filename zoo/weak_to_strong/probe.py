@@ -6,16 +6,15 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from zoo.core.errors import UserError, check_choice
 from zoo.core.feature_cache import FeatureCache, address_of, default_folder, input_keys
-from zoo.core.network import Network
+from zoo.weak_to_strong.enlarged import Enlarged
 
 Stamp = tuple[tuple[int, int], ...]
 
 
-class Probe(Network):
+class Probe(Enlarged):
     r"""A network of which only the head (and the neck) learns; the features of an input seen before are remembered.
 
     .. math:: z = h(\phi(x)), \quad \phi \text{ frozen}
@@ -31,18 +30,14 @@ class Probe(Network):
 
     Args:
         num_outputs: C.
-        resize: enlarge images to this height and width (bilinear) first: pretrained backbones find little in 28 pixels.
-        mean: what the incoming images' normalisation subtracted; with ``std``, undone before the backbone's own.
-        std: what it divided by.
-        own_mean: the backbone's normalisation, 0.5 for EfficientNet-Lite.
-        own_std: likewise.
         cache: ``disk``, or ``memory`` for this process alone.
         cache_folder: where the files lie; by default ``$XDG_CACHE_HOME/labelight/features`` or below ``~/.cache``.
             It may be deleted at any time.
         cache_size: samples to remember at most; a thousand EfficientNet-Lite0 features take 2.6 MB.
         cache_gib: of all files in the folder, in GiB; those of the network that was not used for longest go first.
         low_precision: compute features under bfloat16 autocast.
-        **kwargs: see :class:`~zoo.core.network.Network`. Grey images are repeated to the backbone's channels.
+        **kwargs: ``resize``, ``mean`` and the like of :class:`~zoo.weak_to_strong.enlarged.Enlarged`, and
+            :class:`~zoo.core.network.Network`.
 
     Raises:
         UserError: for a cache without a size, or adapters, which a frozen backbone would not train.
@@ -51,11 +46,6 @@ class Probe(Network):
     def __init__(
         self,
         num_outputs: int,
-        resize: int | None = None,
-        mean: float = 0.5,
-        std: float = 0.5,
-        own_mean: float = 0.5,
-        own_std: float = 0.5,
         cache_size: int = 200_000,
         low_precision: bool = False,
         cache: Literal["disk", "memory"] = "disk",
@@ -69,8 +59,7 @@ class Probe(Network):
         if cache_size < 1 or cache_gib <= 0:
             raise UserError(f"Probe: cache_size={cache_size} must be at least 1, cache_gib={cache_gib} positive")
         super().__init__(num_outputs, **kwargs)
-        self.resize, self.cache_size, self.low_precision = resize, cache_size, low_precision
-        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+        self.cache_size, self.low_precision = cache_size, low_precision
         self.cache_folder: Path | None = None
         if cache == "disk":
             self.cache_folder = default_folder() if cache_folder is None else Path(cache_folder).expanduser()
@@ -96,13 +85,7 @@ class Probe(Network):
 
     def _compute(self, x: Any) -> Tensor:
         """What the frozen backbone says (B, D), not remembered."""
-        channels = self.backbone.in_channels
-        if channels is not None:
-            x = x * self.scale + self.shift
-            if self.resize is not None:
-                x = interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
-            if x.shape[1] == 1:
-                x = x.expand(-1, channels, -1, -1)
+        x = self.enlarge(x)
         kind = (next(iter(x.values())) if isinstance(x, Mapping) else x).device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.low_precision):
             return self.backbone.features(self.prepare(x)).float()
