@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -516,6 +517,42 @@ os._exit(stage_runners.in_fork([sys.executable, "-m", "zoo", "fit"], stage_runne
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}, check=False)
     assert done.returncode == 0
     assert (place / "run/log.txt").read_text() == "heard ''\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("closed", [[], [0, 1, 2]])
+def test_a_fork_ends_with_a_pipeline_that_is_killed(place, closed):
+    (place / "run").mkdir()
+    (place / "front.py").write_text(
+        "import os, pathlib, time\n"
+        "def main():\n    pathlib.Path('half').write_text(str(os.getpid()))\n    os.replace('half', 'pid')\n"
+        "    time.sleep(100)\n"
+    )
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(place)!r})
+from zoo import stage_runners
+stage_runners.FRONT = "front"
+for fd in {closed}:
+    os.close(fd)
+stage_runners.in_fork([sys.executable, "-m", "zoo", "fit"], stage_runners.Path("run"))
+"""
+    root = str(Path(p.__file__).parents[1])
+    pipeline = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root})
+    for _ in range(600):
+        if (place / "pid").exists():
+            break
+        time.sleep(0.1)
+    stage = Path("/proc", (place / "pid").read_text(), "stat")
+    pipeline.kill()
+    pipeline.wait()
+    for _ in range(600):
+        if not stage.exists() or stage.read_text().rsplit(")", 1)[1].split()[0] == "Z":  # nobody need have reaped it
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(int(stage.parent.name), 9)
+        pytest.fail("the stage goes on")
 
 
 def test_no_fork_where_an_accelerator_is_in_use_or_the_system_bears_none(monkeypatch):

@@ -6,8 +6,10 @@ import importlib
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +55,7 @@ def in_fork(command: Sequence[str], folder: Path) -> int:
 
 def _forked(command: Sequence[str], folder: Path) -> None:
     """The forked process: as ``python -m zoo ...`` would have it, and what Lightning starts further ranks from."""
+    _end_with_parent()
     to_log = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for wanted, path, flags in ((0, os.devnull, os.O_RDONLY), (1, folder / "log.txt", to_log)):
         opened = os.open(path, flags, 0o666)
@@ -76,6 +79,22 @@ def _forked(command: Sequence[str], folder: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(status or 0))
+
+
+def _end_with_parent() -> None:
+    """A pipeline that is killed leaves no training behind that nobody waits for."""
+    import fcntl  # where forks are
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # a number that input and output do not take
+    alive = fcntl.fcntl(parent.sentinel, fcntl.F_DUPFD_CLOEXEC, 3)
+
+    def wait() -> None:
+        os.read(alive, 1)  # nothing is ever written: it returns when the parent's end is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def fastest() -> Runner:
