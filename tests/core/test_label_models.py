@@ -96,6 +96,10 @@ def test_weighted_vote_is_bayes_rule() -> None:
     expected = torch.stack([first / first.sum(), second / second.sum(), torch.tensor([0.5, 0.25, 0.25])])
     torch.testing.assert_close(model.posterior(votes), expected)
     torch.testing.assert_close(model.accuracies, torch.tensor([0.8, 0.6]))
+    silent = torch.cat([torch.full((3, 1), -1), votes], dim=1)  # whose accuracy is given, too
+    with pytest.warns(UserWarning, match="always abstaining"):
+        model = WeightedVote(3, [0.9, 0.8, 0.6], balance=[0.5, 0.25, 0.25]).fit(silent)
+    torch.testing.assert_close(model.posterior(silent), expected)
 
 
 def test_no_rule_is_better_than_log_odds() -> None:
@@ -123,6 +127,18 @@ def test_accuracies_from_the_labelled_few() -> None:
 
 
 # Dawid-Skene ----------------------------------------------------------------------------------------------------------
+
+
+def test_em_begins_with_shares_of_votes_and_the_balance_where_there_are_none() -> None:
+    votes = torch.tensor([[0, 1], [1, -1], [-1, -1]])
+    balance = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    shares = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.3, 0.7]], dtype=torch.float64)
+    expected = torch.zeros(2, 3, 2, dtype=torch.float64)
+    for i, j in itertools.product(range(3), range(2)):
+        expected[j, votes[i, j] + 1] += shares[i]
+    counts, totals = vote_shares(PackedVotes(votes, 2), balance)
+    torch.testing.assert_close(counts, expected)
+    torch.testing.assert_close(totals, shares.sum(dim=0))
 
 
 @pytest.mark.parametrize("abstain", ["outcome", "ignore"])

@@ -56,6 +56,7 @@ class LabelModel(nn.Module):
             self.balance_from, given = str(balance), torch.full((num_classes,), 1.0 / num_classes)
         else:
             self.balance_from, given = "given", self._checked(torch.as_tensor(list(balance), dtype=torch.float64))
+        self.speaks = torch.zeros(0, dtype=torch.bool)  # which of the functions ``estimate`` sees
         self.register_buffer("table", torch.zeros(0, num_classes + 1, num_classes))
         self.register_buffer("balance", given.float())
 
@@ -114,7 +115,7 @@ class LabelModel(nn.Module):
             raise UserError(f"{self._owner}: votes {tuple(votes.shape)} are empty; there is nothing to learn from")
         if labeled is not None:
             labeled = self._check_labeled(*labeled, votes.shape[1], names)
-        speaks = coverage(votes) > 0
+        self.speaks = speaks = coverage(votes) > 0
         silent = [function_name(j, names) for j in (~speaks).nonzero().flatten().tolist()]
         if int(speaks.sum()) < self.min_functions:
             raise UserError(

@@ -86,11 +86,11 @@ class WeightedVote(LabelModel):
     ) -> tuple[Tensor, Tensor]:
         """A table of log-odds."""
         if self.given is not None:
-            accuracies = torch.tensor(self.given, dtype=torch.float64)
+            if len(self.given) != len(self.speaks):
+                raise UserError(f"WeightedVote: {len(self.given)} accuracies for {len(self.speaks)} functions")
+            accuracies = torch.tensor(self.given, dtype=torch.float64)[self.speaks]
         elif labeled is not None:
             accuracies = measured_accuracies(labeled, self.num_classes)
         else:
             raise UserError("WeightedVote: accuracies are neither given nor measurable: there are no labelled samples")
-        if len(accuracies) != votes.shape[1]:
-            raise UserError(f"WeightedVote: {len(accuracies)} accuracies for {votes.shape[1]} functions that vote")
         return symmetric_table(accuracies, self.num_classes), balance
