@@ -485,3 +485,14 @@ def test_open_clip(clip, tmp_path):
 def test_arguments_that_a_network_has_not(name) -> None:
     with pytest.raises(UserError, match="batch_norm"):
         create_backbone(name, None, 3, None, {"batch_norm": True})
+
+
+def test_tiny_mlp_may_be_a_plain_perceptron() -> None:
+    plain = timm.create_model("tiny_mlp", in_chans=1, side=4, width=6, layers=1, norm=False).eval()
+    x = torch.randn(3, 1, 28, 28)
+    coarse = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+    layer = plain.stages[0][1]
+    expected = torch.nn.functional.gelu(coarse @ layer.weight.flatten(1).T + layer.bias)
+    torch.testing.assert_close(plain.forward_head(plain.forward_features(x), pre_logits=True), expected)
+    with pytest.raises(UserError, match="layers=0 must be at least 1"):
+        timm.create_model("tiny_mlp", layers=0)

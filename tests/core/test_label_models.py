@@ -11,7 +11,7 @@ from zoo.core.label_models import DawidSkene, LabelModel, MajorityVote, MatrixCo
 from zoo.core.label_models.dawid_skene import expectation, vote_shares
 from zoo.core.label_models.matrix_completion import completion_loss, in_order
 from zoo.core.label_models.sums import PackedVotes, overlaps, scores
-from zoo.core.label_models.triplets import from_covariances, triplets
+from zoo.core.label_models.triplets import from_covariances, from_products, triplets
 
 ACCURACIES = [0.9, 0.8, 0.7, 0.65, 0.6]
 LEARNING = [DawidSkene, MatrixCompletion, TripletMoments]
@@ -275,6 +275,22 @@ def test_triplets_of_a_matrix_of_rank_one() -> None:
     torch.testing.assert_close(triplets(torch.zeros(1, 3, 3)), torch.zeros(1, 3))
 
 
+def test_a_pair_of_products_that_says_nothing_counts_as_nought() -> None:
+    """As in FlyingSquid, whose mean is over all pairs."""
+    size = torch.tensor([0.6, 0.8, 0.5, 0.7], dtype=torch.float64)
+    moments = size.unsqueeze(1) * size
+    moments[2, 3] = moments[3, 2] = 0.0
+    moments.fill_diagonal_(1.0)
+    same = torch.eye(2, dtype=torch.float64)
+    joint = torch.einsum("jk,ac->jakc", (1 + moments) / 4, same) + torch.einsum(
+        "jk,ac->jakc", (1 - moments) / 4, 1 - same
+    )
+    inside, outside = from_products(joint, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    accuracy = torch.tensor([2 * 0.6, 2 * 0.8, 0.5, 0.7], dtype=torch.float64) / 3
+    torch.testing.assert_close(inside, ((1 + accuracy) / 2).unsqueeze(1).expand(4, 2))
+    torch.testing.assert_close(outside, ((1 - accuracy) / 2).unsqueeze(1).expand(4, 2))
+
+
 def test_chunks_of_triplets_change_nothing(monkeypatch) -> None:
     moments = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
     whole = triplets(moments + moments.mT)
@@ -321,6 +337,22 @@ def test_classes_of_equal_frequency_are_put_in_their_places() -> None:
     assert torch.equal(in_order(mu[:, :, [1, 0, 3, 2]], pairs), mu)
     mixed = mu[:, :, [2, 1, 0, 3]]  # would need classes of unequal frequency exchanged
     assert torch.equal(in_order(mixed, torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)), mixed)
+
+
+def test_completion_that_ends_with_classes_exchanged_puts_them_right() -> None:
+    votes, _ = plant(20_000, [0.85, 0.8, 0.75, 0.7])
+    model = MatrixCompletion(2, precision=0.3).fit(votes)  # begins where every function is mostly wrong
+    torch.testing.assert_close(model.accuracies, torch.tensor([0.85, 0.8, 0.75, 0.7]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_a_large_penalty_keeps_completion_at_its_start(solver) -> None:
+    votes, _ = plant(2000, [0.9, 0.9, 0.9, 0.9])
+    free = MatrixCompletion(2, solver=solver, precision=0.6).fit(votes)
+    held = MatrixCompletion(2, solver=solver, precision=0.6, l2=1e4, lr=1e-5).fit(votes)
+    start = 0.6 if solver == "lbfgs" else 1 - 0.01 / 0.61  # sgd's start knows no wrong votes, and is clipped
+    torch.testing.assert_close(held.accuracies, torch.full((4,), start), atol=0.02, rtol=0)
+    assert float((free.accuracies - held.accuracies).abs().min()) > 0.05
 
 
 def test_too_large_a_step_is_said() -> None:
@@ -382,6 +414,9 @@ def test_balance_uniform_estimated_given(model) -> None:
     assert float(model(2, balance="estimated").fit(votes).balance[0]) == pytest.approx(0.8, abs=0.03)
     assert float(model(2, balance=[3, 1]).fit(votes).balance[0]) == 0.75
     assert float(model(2).fit(votes, balance=[0.9, 0.1]).balance[0]) == pytest.approx(0.9)
+    tied = torch.tensor([[0, 1, -1], [0, 0, 0], [-1, -1, -1], [0, 0, 0]])  # a tie counts half for both, silence nothing
+    known = model(2, balance="estimated")._known_balance(tied, None, None)
+    torch.testing.assert_close(known, torch.tensor([3.5, 1.5], dtype=torch.float64) / 5)
     few = votes[:3], torch.tensor([0, 0, 1])
     assert float(model(2, balance="labeled").fit(votes, labeled=few).balance[0]) == pytest.approx(3 / 5)
 

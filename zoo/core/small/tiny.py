@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.core.errors import UserError
 from zoo.core.small.staged import StagedNet, build, config
 
 __all__ = ["TinyCNN", "TinyMLP"]
@@ -58,24 +59,37 @@ class LayerNormChannels(nn.LayerNorm):
 
 
 class TinyMLP(StagedNet):
-    """Two layers with layer norm on an 8×8 mean of the image: a sample's output depends on that sample alone.
+    """Layers with layer norm on an 8×8 mean of the image: a sample's output depends on that sample alone.
 
     Args:
         num_classes: outputs.
         in_chans: channels of the image.
-        width: of both layers.
+        width: of the layers.
         side: of the grid that the image is averaged to.
+        layers: how many, at least 1.
+        norm: layer norm in front of every activation.
         drop_rate: dropout in front of the classifier.
     """
 
     def __init__(
-        self, num_classes: int = 10, in_chans: int = 3, width: int = 32, side: int = 8, drop_rate: float = 0.0
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        width: int = 32,
+        side: int = 8,
+        layers: int = 2,
+        norm: bool = True,
+        drop_rate: float = 0.0,
     ) -> None:
+        if layers < 1:
+            raise UserError(f"tiny_mlp: layers={layers} must be at least 1")
+        widths = [in_chans * side**2, *[width] * layers]
         stages = [
-            nn.Sequential(Shrink(side), nn.Conv2d(in_chans * side**2, width, 1), LayerNormChannels(width), nn.GELU()),
-            nn.Sequential(nn.Conv2d(width, width, 1), LayerNormChannels(width), nn.GELU()),
+            nn.Sequential(nn.Conv2d(a, b, 1), LayerNormChannels(b) if norm else nn.Identity(), nn.GELU())
+            for a, b in pairwise(widths)
         ]
-        super().__init__(nn.Identity(), stages, (width, width), (28, 28), num_classes, drop_rate=drop_rate)
+        stages[0].insert(0, Shrink(side))
+        super().__init__(nn.Identity(), stages, widths[1:], (28,) * layers, num_classes, drop_rate=drop_rate)
 
 
 @register_model
@@ -86,5 +100,5 @@ def tiny_cnn(pretrained: bool = False, **arguments: Any) -> nn.Module:
 
 @register_model
 def tiny_mlp(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """Two layers with layer norm; options ``width`` and ``side``."""
+    """Layers with layer norm; options ``width``, ``side``, ``layers`` and ``norm``."""
     return build(TinyMLP, "tiny_mlp", pretrained, arguments)
