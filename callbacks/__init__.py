@@ -13,6 +13,7 @@ from callbacks.prediction_writer import PredictionWriter
 from callbacks.pseudo_label_diagnostics import PseudoLabelDiagnostics
 from callbacks.pseudo_labeler import PseudoLabeler
 from callbacks.run_summary import RunSummary
+from callbacks.selection import SelectionEvaluation
 from callbacks.swad import SWAD
 from callbacks.throughput import Throughput
 from callbacks.transfer_validation import TransferValidation
@@ -32,6 +33,7 @@ __all__ = [
     "PseudoLabelDiagnostics",
     "PseudoLabeler",
     "RunSummary",
+    "SelectionEvaluation",
     "SupervisedBaseline",
     "Throughput",
     "TransferValidation",

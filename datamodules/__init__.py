@@ -67,6 +67,7 @@ from datamodules.sources import (
     VisDA2017,
 )
 from datamodules.supervised import SupervisedData
+from datamodules.text_candidates import TextCandidates
 from datamodules.weak_labels import WeakLabelData
 
 __all__ = [
@@ -135,6 +136,7 @@ __all__ = [
     "TemplateCaptions",
     "TensorSamples",
     "TerraIncognita",
+    "TextCandidates",
     "TextSource",
     "TextTable",
     "TokenSamples",

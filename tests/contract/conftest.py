@@ -137,7 +137,8 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
             data["num_labels"] = 200
         if data.get("role") == "student":
             data["weak_labels"] = weak_labels(tmp_path, data["source"]["init_args"].get("num_classes", 10))
-        for function in data.get("functions", []):
+        source = data["source"] if isinstance(data.get("source"), dict) else {}
+        for function in [*data.get("functions", []), *source.get("init_args", {}).get("functions", [])]:
             if function["class_path"] == "Lexicon":
                 function["init_args"]["path"] = lexicon(tmp_path)
         if "rounds" in data:
