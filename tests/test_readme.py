@@ -128,7 +128,7 @@ def run_block(folder: Path, section: str, language: str, what: str, text: str) -
             words = shlex.split(command)
             assert words[0] == "zoo"
             assert main(shrink(words[1:])) in (0, None), command
-    if language == "bash" and "predict" in text:
+    if language == "bash" and "predict_folder" in text:
         rows = (folder / "runs" / "photos" / "predictions.csv").read_text().splitlines()
         assert len(rows) == 1 + 6
         assert "cat" in rows[1] or "dog" in rows[1]
