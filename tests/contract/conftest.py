@@ -133,8 +133,8 @@ def small(tmp_path: Path) -> Callable[[Path], Path]:
         domains = len(data["source"]) if isinstance(data.get("source"), list) else 1
         data |= {"steps": 4, "batch_size": 8 if domains == 1 else 2 * domains, "val_size": 20}
         data.pop("num_workers", None)
-        if "num_labels" in data:
-            data["num_labels"] = 200
+        for few in {"num_labels", "supervisor_labels"} & data.keys():
+            data[few] = 200
         if data.get("role") == "student":
             data["weak_labels"] = weak_labels(tmp_path, data["source"]["init_args"].get("num_classes", 10))
         source = data["source"] if isinstance(data.get("source"), dict) else {}
@@ -177,7 +177,8 @@ def without_batch_norm() -> Callable[[str], None]:
                 continue  # it has LayerNorm, and no patches that must tile the image
             size = {"depth": 2, "embed_dim": 48, "class_token": False, "global_pool": "avg"}
             arguments |= {"backbone": "vit_tiny_cifar", "arguments": size}
-            if neck := arguments.get("neck"):
+            neck = arguments.get("neck")
+            if isinstance(neck, dict) and neck["class_path"] == "Bottleneck":
                 neck["init_args"] = {**neck.get("init_args", {}), "norm": False}
         if config["model"]["class_path"] == "MixStyle":
             config["model"]["init_args"]["layers"] = ["blocks.0"]
