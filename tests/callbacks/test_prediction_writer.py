@@ -63,3 +63,20 @@ def test_refuses_what_is_no_classification(method, points, trainer) -> None:
     model.predict_step = lambda batch, batch_idx: {"index": batch["index"], "probabilities": torch.zeros(4, 3, 2, 2)}
     with pytest.raises(UserError, match=r"Plain gave probabilities \(4, 3, 2, 2\)"):
         trainer(PredictionWriter()).predict(model, points())
+
+
+def test_names_of_other_classes_are_not_taken(method, points, trainer, tmp_path) -> None:
+    """Two columns, where the data has three classes: numbers name them, and the tensors claim no classes."""
+    from safetensors import safe_open
+
+    model = method()
+    model.predict_step = lambda batch, batch_idx: {
+        "index": batch["index"],
+        "probabilities": torch.tensor([[0.25, 0.75]]).expand(len(batch["index"]), 2),
+        "weights": torch.ones(len(batch["index"])),
+    }
+    trainer(PredictionWriter()).predict(model, points())
+    assert {row["label"] for row in table(tmp_path / "predictions.csv")} == {"1"}
+    with safe_open(tmp_path / "predictions.safetensors", "pt") as file:
+        assert "classes" not in (file.metadata() or {})
+        assert sorted(file.keys()) == ["index", "probabilities", "weights"]
