@@ -61,13 +61,13 @@ from datamodules.sources import (
     TemplateCaptions,
     TensorSamples,
     TerraIncognita,
+    TextCandidates,
     TextSource,
     TextTable,
     TokenSamples,
     VisDA2017,
 )
 from datamodules.supervised import SupervisedData
-from datamodules.text_candidates import TextCandidates
 from datamodules.weak_labels import WeakLabelData
 
 __all__ = [

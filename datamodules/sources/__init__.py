@@ -31,6 +31,7 @@ from datamodules.sources.rotated import Rotated
 from datamodules.sources.sentiment import Sentiment
 from datamodules.sources.sub_pseudo_labels import SubPseudoLabels
 from datamodules.sources.text import TextSource, TextTable
+from datamodules.sources.text_candidates import TextCandidates
 from datamodules.sources.torchvision_sets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, USPS, FashionMNIST
 from datamodules.sources.voc import VOC
 from datamodules.sources.wilds import WILDS
@@ -84,6 +85,7 @@ __all__ = [
     "TemplateCaptions",
     "TensorSamples",
     "TerraIncognita",
+    "TextCandidates",
     "TextSource",
     "TextTable",
     "TokenSamples",
