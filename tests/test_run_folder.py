@@ -30,12 +30,16 @@ def test_a_resumed_run_keeps_the_rows_of_the_first(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_rows_outlive_a_writer_that_fails(tmp_path, monkeypatch):
+def test_rows_outlive_a_start_that_fails(tmp_path, monkeypatch):
     log(tmp_path, 1, loss=2.0)
-    monkeypatch.setattr("lightning.pytorch.loggers.csv_logs.ExperimentWriter", lambda **_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        log(tmp_path, 2, loss=1.0)
+    with monkeypatch.context() as broken:
+        broken.setattr("lightning.pytorch.loggers.csv_logs.ExperimentWriter", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            log(tmp_path, 2, loss=1.0)
     assert "2.0" in next(tmp_path.iterdir()).read_text()
+    log(tmp_path, 2, loss=1.0)  # the next start finds them
+    assert [row["loss"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == ["2.0", "1.0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_other_ranks_leave_the_file_alone(tmp_path, monkeypatch):

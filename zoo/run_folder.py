@@ -44,14 +44,14 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         """Lightning's writer, which deletes an existing file: keep its rows, on rank 0, which alone has the file."""
         if self._experiment is None:
-            path = Path(self.log_dir) / "metrics.csv"
-            if not path.is_file():
-                return super().experiment
-            aside = path.replace(path.with_name("metrics.csv.earlier"))
+            path, aside = (Path(self.log_dir) / name for name in ("metrics.csv", "metrics.csv.earlier"))
+            if path.is_file():
+                path.replace(aside)
             writer = super().experiment
-            aside.replace(path)
-            with path.open(encoding="utf-8") as file:
-                writer.metrics_keys = next(csv.reader(file), [])
+            if aside.is_file():  # also where an earlier start was killed here
+                aside.replace(path)
+                with path.open(encoding="utf-8") as file:
+                    writer.metrics_keys = next(csv.reader(file), [])
         return self._experiment
 
 
